@@ -1,0 +1,94 @@
+"""BlackVIP's coordinator: a prompt for each image, decoded from its frozen features and a learnt trigger vector.
+
+Source: Oh et al., 2023, "BlackVIP: Black-Box Visual Prompting for Robust Transfer Learning", section 4.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from fedbbpt_jax.prompts.module import from_module
+from fedbbpt_jax.types import PromptGenerator
+
+
+class Doubling(nnx.Module):
+    """A 2x2 transposed convolution of stride 2, one kernel per channel. Kernel = stride, so it is a product."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(nnx.initializers.normal(0.5)(rngs.params(), (channels, 2, 2)))
+        self.bias = nnx.Param(jnp.zeros(channels))
+
+    def __call__(self, x: Array) -> Array:
+        batch, height, width, channels = x.shape
+        doubled = jnp.einsum("bhwc,cij->bhiwjc", x, self.kernel[...])
+        return doubled.reshape(batch, 2 * height, 2 * width, channels) + self.bias[...]
+
+
+class Stage(nnx.Module):
+    """Doubling, 1x1 mixing of channels, normalisation, GELU.
+
+    Differs from BlackVIP: its batch normalisation couples the examples of a batch and needs running statistics, which
+    a federation would have to merge. Here each example is normalised by its own mean and variance.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
+        self.doubling = Doubling(inputs, rngs=rngs)
+        self.pointwise = nnx.Linear(inputs, outputs, use_bias=False, rngs=rngs)
+        self.norm = nnx.GroupNorm(outputs, num_groups=1, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return jax.nn.gelu(self.norm(self.pointwise(self.doubling(x))))
+
+
+class Coordinator(nnx.Module):
+    """Features and trigger, laid out on a small grid, doubled stage by stage to the image's size."""
+
+    def __init__(self, grid: int, feature_size: int, channels: Sequence[int], *, rngs: nnx.Rngs):
+        self.grid = grid
+        trigger_size = grid * grid * channels[0] - feature_size
+        self.trigger = nnx.Param(0.1 * jax.random.uniform(rngs.params(), (trigger_size,)))
+        self.stages = nnx.List([Stage(a, b, rngs=rngs) for a, b in pairwise(channels)])
+        # Starts at zero, so that tuning starts from the unprompted model and not below it.
+        self.last = nnx.Param(jnp.zeros((channels[-1], 2, 2, 3)))
+
+    def __call__(self, features: Array) -> Array:
+        batch = len(features)
+        trigger = jnp.broadcast_to(self.trigger[...], (batch, *self.trigger.shape))
+        seed = jnp.concatenate([features, trigger], axis=-1)
+        x = seed.reshape(batch, -1, self.grid, self.grid).transpose(0, 2, 3, 1)
+        for stage in self.stages:
+            x = stage(x)
+        prompt = jnp.einsum("bhwc,cijd->bhiwjd", x, self.last[...])
+        return prompt.reshape(batch, 2 * x.shape[1], 2 * x.shape[2], 3)
+
+
+def coordinator(
+    image_size: int, feature_size: int, channels: Sequence[int] = (8, 16, 16), grid: int = 4
+) -> PromptGenerator:
+    """Returns the input-dependent generator for images of `grid`·2^len(channels) pixels.
+
+    Args:
+      image_size: H = W, in pixels.
+      feature_size: F, the width of the frozen features of an image.
+      channels: of the grid and after each stage; what the grid holds beyond the features is the trigger.
+      grid: rows and columns of the first layout.
+
+    Raises:
+      ValueError: the sizes do not fit together.
+
+    Example:
+      >>> generator = coordinator(32, feature_size=48)
+      >>> generator.generate(generator.init(jax.random.key(0)), jnp.zeros((5, 48))).shape
+      (5, 32, 32, 3)
+    """
+    if grid * 2 ** len(channels) != image_size:
+        raise ValueError(f"grid {grid} doubled {len(channels)} times does not give the image size {image_size}")
+    if feature_size >= grid * grid * channels[0]:
+        raise ValueError(f"{feature_size} features leave no room for a trigger in {grid * grid * channels[0]} numbers")
+    return from_module(lambda rngs: Coordinator(grid, feature_size, channels, rngs=rngs))

@@ -1,0 +1,205 @@
+"""The description of a run, and its parts built from their names. Only this folder and the CLI read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import optax
+import tyro
+
+from fedbbpt_jax.data.partition import dirichlet, iid
+from fedbbpt_jax.data.tasks import Task
+from fedbbpt_jax.estimators.directions import rademacher, segmented_uniform
+from fedbbpt_jax.estimators.spsa import one_sided_spsa, spsa
+from fedbbpt_jax.federated.averaging import isolated, weighted_mean
+from fedbbpt_jax.objectives import cross_entropy
+from fedbbpt_jax.optimizers.descent import descent, spsa_gc_perturbation_size, spsa_gc_transformation
+from fedbbpt_jax.pretrained import MINI_CLIP
+from fedbbpt_jax.prompts.coordinator import coordinator
+from fedbbpt_jax.prompts.pixels import frame, full_overlay, low_resolution_overlay
+from fedbbpt_jax.types import Estimator, Federation, Method, Optimizer, PromptGenerator
+
+MODELS = {"mini-clip": "CLIP of 0.6 M parameters for 32x32 digits, shipped with the package"}
+
+GENERATORS = {
+    "low-resolution": "8x8 colours enlarged bilinearly, 192 parameters (the default)",
+    "full": "one free colour per pixel, 3,072 parameters",
+    "frame": "a free border of 4 pixels, 1,344 parameters",
+    "coordinator": "a prompt per image, decoded from its features and a learnt trigger",
+}
+
+ESTIMATORS = {
+    "spsa": "two-sided, Rademacher directions, K = 2q evaluations per step (the default)",
+    "spsa-one-sided": "one-sided with a shared base point, Rademacher directions, K = q + 1",
+    "spsa-segmented": "two-sided, segmented uniform directions, K = 2q",
+    "spsa-gc": "BlackVIP as published: segmented uniform directions, momentum, decaying steps; ignores --optimizer",
+}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is learnt, by whom and how. Sizes that are left out are resolved from the others.
+
+    Attributes:
+      task: what to learn (`fedbbpt list tasks`).
+      model: the frozen model: a shipped one (`fedbbpt list models`) or a folder with a CLIP checkpoint.
+      shots: training examples per class, over all clients.
+      generator: the prompt's form (`fedbbpt list generators`).
+      num_clients: clients that hold data.
+      cohort: clients per round, drawn uniformly; all if left out.
+      partition: iid, or dirichlet:ALPHA by label.
+      federation: fedavg, or isolated: clients that never talk.
+      num_rounds: rounds; if left out, as many as the budget allows.
+      local_steps: steps of each client between two aggregations.
+      batch_size: examples per step.
+      estimator: of the gradient (`fedbbpt list estimators`).
+      num_directions: directions per step.
+      perturbation_size: in pixel units; by estimator if left out.
+      optimizer: what is done with the estimate.
+      lr: step size at the start, decaying by a cosine; by optimizer if left out.
+      budget: most requests (one prompt on one example) of all clients together.
+      eval_every: rounds between two evaluations on validation data.
+      precision: of the frozen model's matrix products.
+      chunk_size: candidates in flight at once; changes speed and memory only.
+      seed: of shots, partition, batches and directions.
+    """
+
+    task: tyro.conf.Positional[str] = "sensor"
+    model: str = "mini-clip"
+    shots: int = 16
+    generator: Literal["low-resolution", "full", "frame", "coordinator"] = "low-resolution"
+    num_clients: int = 5
+    cohort: int | None = None
+    partition: str = "dirichlet:0.3"
+    federation: Literal["fedavg", "isolated"] = "fedavg"
+    num_rounds: int | None = None
+    local_steps: int = 4
+    batch_size: int = 8
+    estimator: Literal["spsa", "spsa-one-sided", "spsa-segmented", "spsa-gc"] = "spsa"
+    num_directions: int = 5
+    perturbation_size: float | None = None
+    optimizer: Literal["adam", "sgd"] = "adam"
+    lr: float | None = None
+    budget: int = 64_000
+    eval_every: int = 4
+    precision: Literal["highest", "default"] = "highest"
+    chunk_size: int = 8
+    seed: int = 0
+
+
+def resolve(experiment: Experiment) -> Experiment:
+    """Returns the experiment with every size filled in.
+
+    Raises:
+      ValueError: a value is out of range; the message names it, what was received and what was expected.
+    """
+    e = experiment
+    for name in ("shots", "num_clients", "local_steps", "batch_size", "num_directions", "eval_every", "chunk_size"):
+        if getattr(e, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(e, name)}")
+    for name in ("cohort", "num_rounds", "perturbation_size", "lr"):
+        if getattr(e, name) is not None and not getattr(e, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(e, name)}")
+    if e.seed < 0:
+        raise ValueError(f"--seed must not be negative, got {e.seed}")
+    cohort = e.cohort or e.num_clients
+    if cohort > e.num_clients:
+        raise ValueError(f"--cohort must be at most --num-clients {e.num_clients}, got {cohort}")
+    _parse_partition(e.partition)
+    published = e.estimator == "spsa-gc"
+    lr = e.lr or (0.01 if published else 0.03 if e.optimizer == "adam" else 0.02)
+    e = replace(e, cohort=cohort, perturbation_size=e.perturbation_size or (0.01 if published else 0.05), lr=lr)
+    affordable = e.budget // requests_per_round(e)
+    if affordable < 1:
+        raise ValueError(f"--budget must pay for one round of {requests_per_round(e)} requests, got {e.budget}")
+    return replace(e, num_rounds=min(e.num_rounds or affordable, affordable))
+
+
+def requests_per_round(experiment: Experiment) -> int:
+    """Returns the requests of one round of a resolved experiment."""
+    e = experiment
+    return e.cohort * num_candidates(e) * e.local_steps * e.batch_size
+
+
+def num_candidates(experiment: Experiment) -> int:
+    """Returns K, the candidates of one client and step."""
+    q = experiment.num_directions
+    return q + 1 if experiment.estimator == "spsa-one-sided" else 2 * q
+
+
+def split_among_clients(experiment: Experiment, labels: np.ndarray) -> list[np.ndarray]:
+    """Returns the rows of `labels` that each client holds."""
+    alpha = _parse_partition(experiment.partition)
+    if alpha is None:
+        return iid(labels, experiment.num_clients, experiment.seed)
+    return dirichlet(labels, experiment.num_clients, alpha, experiment.seed)
+
+
+def build_method(experiment: Experiment, task: Task) -> Method:
+    """Returns the method that a resolved experiment describes."""
+    return Method(
+        build_generator(experiment, task), cross_entropy, build_optimizer(experiment), build_federation(experiment)
+    )
+
+
+def build_generator(experiment: Experiment, task: Task) -> PromptGenerator:
+    """Returns the prompt generator at the size of the task's images."""
+    size = task.image_size
+    match experiment.generator:
+        case "low-resolution":
+            return low_resolution_overlay(size, resolution=8)
+        case "full":
+            return full_overlay(size)
+        case "frame":
+            return frame(size, width=max(1, round(size * 30 / 224)))  # BlackVIP's 30 of 224 pixels
+        case "coordinator":
+            return coordinator(size, task.train.features.shape[-1])
+
+
+def build_optimizer(experiment: Experiment) -> Optimizer:
+    """Returns the client's optimizer of a resolved experiment."""
+    e = experiment
+    num_steps = e.num_rounds * e.local_steps
+    if e.estimator == "spsa-gc":
+        estimator = spsa(segmented_uniform(), e.num_directions, spsa_gc_perturbation_size(e.perturbation_size))
+        return descent(estimator, spsa_gc_transformation(e.lr))
+    rate = optax.cosine_decay_schedule(e.lr, num_steps)
+    tx = optax.adam(rate, b2=0.99) if e.optimizer == "adam" else optax.sgd(rate)
+    return descent(_build_estimator(e), tx)
+
+
+def build_federation(experiment: Experiment) -> Federation:
+    """Returns how the clients' states come together."""
+    return weighted_mean() if experiment.federation == "fedavg" else isolated(experiment.num_clients)
+
+
+def model_folder(experiment: Experiment) -> Path:
+    """Returns the folder of the frozen model's checkpoint."""
+    return MINI_CLIP if experiment.model == "mini-clip" else Path(experiment.model)
+
+
+def _build_estimator(e: Experiment) -> Estimator:
+    match e.estimator:
+        case "spsa-one-sided":
+            return one_sided_spsa(rademacher(), e.num_directions, e.perturbation_size)
+        case "spsa-segmented":
+            return spsa(segmented_uniform(), e.num_directions, e.perturbation_size)
+        case _:
+            return spsa(rademacher(), e.num_directions, e.perturbation_size)
+
+
+def _parse_partition(partition: str) -> float | None:
+    """Returns alpha, or None for IID."""
+    kind, _, value = partition.partition(":")
+    if partition == "iid":
+        return None
+    try:
+        alpha = float(value)
+    except ValueError:
+        alpha = float("nan")
+    if kind != "dirichlet" or not alpha > 0:
+        raise ValueError(f"--partition must be iid or dirichlet:ALPHA with ALPHA > 0, got {partition!r}")
+    return alpha

@@ -1,0 +1,50 @@
+"""White-box prompt tuning: autodiff through the frozen model. A ceiling for research; no black-box method may use it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from fedbbpt_jax.types import BlackBox, Examples, Objective, Params, PromptGenerator, Query
+
+
+def tune_white_box(
+    classifier: BlackBox,
+    generator: PromptGenerator,
+    objective: Objective,
+    examples: Examples,
+    key: Array,
+    *,
+    num_steps: int,
+    learning_rate: float,
+) -> Params:
+    """Returns the prompt parameters after `num_steps` of Adam on the exact gradient of all `examples`.
+
+    Args:
+      classifier: differentiable, that is, not behind `query_only`.
+      generator: the prompt's form, the same as the black-box method's.
+      objective: the loss.
+      examples: pooled training data.
+      key: for the generator's initial parameters.
+      num_steps: Adam steps, each on all examples; the step size decays by a cosine.
+      learning_rate: of the first step.
+    """
+    tx = optax.adam(optax.cosine_decay_schedule(learning_rate, num_steps))
+
+    @jax.jit
+    def tune(classifier: BlackBox, params: Params, examples: Examples) -> Params:
+        def loss(params: Params) -> Array:
+            prompt = generator.generate(params, examples.features)
+            query = Query(jax.tree.map(lambda x: x[None, None], prompt), jax.tree.map(lambda x: x[None], examples.inputs))
+            return objective(classifier(query).scores[0, 0], examples.labels).mean()
+
+        def step(carry, _):
+            params, opt_state = carry
+            updates, opt_state = tx.update(jax.grad(loss)(params), opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), None
+
+        return jax.lax.scan(step, (params, tx.init(params)), length=num_steps)[0][0]
+
+    return tune(classifier, generator.init(key), jax.tree.map(jnp.asarray, examples))

@@ -1,0 +1,173 @@
+"""The nouns of the project. Everything else makes one of these or connects them.
+
+Axes: C clients · K candidates per client and step · T local steps · B examples · N classes · d flat parameters ·
+R rounds. An optimizer never calls the black box: it *asks* for candidates, something else *evaluates* them, and it is
+*told* their losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from jax import Array
+
+PyTree = Any
+Params = PyTree
+Schedule = Callable[[Array], Array]
+ScalarOrSchedule = float | Schedule
+
+
+class Query(NamedTuple):
+    """All that crosses the boundary: no labels, no parameters, no keys.
+
+    Attributes:
+      prompt: `[C, K, ...]`, or `[C, K, B, ...]` where it depends on the input.
+      inputs: `[C, B, ...]`, shared by the K candidates of a client (common random numbers).
+    """
+
+    prompt: PyTree
+    inputs: PyTree
+
+
+class Response(NamedTuple):
+    """What a black box answers.
+
+    Attributes:
+      scores: class scores or log-probabilities, float32 `[C, K, B, N]`.
+      valid: bool `[C, K, B]`, False where no usable answer came.
+    """
+
+    scores: Array
+    valid: Array
+
+
+class BlackBox(Protocol):
+    """Answers queries. In-process boxes are pytrees whose weights are leaves, so that they enter `jit` as arguments."""
+
+    def __call__(self, query: Query, /) -> Response: ...
+
+
+class Objective(Protocol):
+    """Per-example loss, float32 `[...]`, of scores `[..., N]` and labels int32 `[...]`. Labels stay with the client."""
+
+    def __call__(self, scores: Array, labels: Array, /) -> Array: ...
+
+
+class Examples(NamedTuple):
+    """Data of one client, one batch or one split; any leading axes.
+
+    Attributes:
+      inputs: what the black box is sent beside the prompt, `[..., B, ...]`.
+      features: what a prompt generator sees of the inputs, computed once, `[..., B, F]`.
+      labels: int32 `[..., B]`.
+    """
+
+    inputs: PyTree
+    features: Array
+    labels: Array
+
+
+class Cohort(NamedTuple):
+    """Who takes part in a round and on what.
+
+    Attributes:
+      ids: int32 `[C]`; keys are derived from ids, never from positions.
+      weights: float32 `[C]`; 0 is padding, which asks nothing and counts for nothing.
+      batches: `[C, T, B, ...]`.
+    """
+
+    ids: Array
+    weights: Array
+    batches: Examples
+
+
+class PromptGenerator(NamedTuple):
+    """Parameters (and features of the inputs) to prompt.
+
+    Attributes:
+      init: `key -> params`.
+      generate: `(params, features [B, F]) -> prompt`, `[...]` or `[B, ...]`.
+    """
+
+    init: Callable[[Array], Params]
+    generate: Callable[[Params, Array], PyTree]
+
+
+class EstimateInfo(NamedTuple):
+    """What a researcher wants to see of one estimate; scalars.
+
+    Attributes:
+      loss: mean of the valid losses, nats.
+      gradient_norm: Euclidean norm of the estimate.
+      num_directions: directions that had at least one complete answer.
+    """
+
+    loss: Array
+    gradient_norm: Array
+    num_directions: Array
+
+
+class Estimator(NamedTuple):
+    """Losses at perturbed points to a descent direction. Asking is lazy: candidate k is a function of key, state and k.
+
+    Attributes:
+      init: `params -> state`.
+      perturb: `(key, state, params, k) -> candidate params`.
+      estimate: `(key, state, params, losses [K, B], valid [K, B]) -> (gradient, state, EstimateInfo)`.
+      num_candidates: K.
+    """
+
+    init: Callable[[Params], PyTree]
+    perturb: Callable[[Array, PyTree, Params, Array], Params]
+    estimate: Callable[[Array, PyTree, Params, Array, Array], tuple[Params, PyTree, EstimateInfo]]
+    num_candidates: int
+
+
+class Optimizer(NamedTuple):
+    """The client's optimizer.
+
+    Attributes:
+      init: `params -> state`.
+      ask: `(key, state, k) -> candidate params`.
+      tell: `(key, state, losses [K, B], valid [K, B]) -> (state, EstimateInfo)`.
+      solution: `state -> params`.
+      num_candidates: K.
+    """
+
+    init: Callable[[Params], PyTree]
+    ask: Callable[[Array, PyTree, Array], Params]
+    tell: Callable[[Array, PyTree, Array, Array], tuple[PyTree, EstimateInfo]]
+    solution: Callable[[PyTree], Params]
+    num_candidates: int
+
+
+Total = Callable[[Array], Array]
+"""Sums `[C, ...]` over all clients: over the leading axis on one device, and across devices too where there are more."""
+
+
+class Federation(NamedTuple):
+    """How client states come together. A client state is an optimizer's state.
+
+    Attributes:
+      init: `client state -> server state`.
+      broadcast: `(server state, ids [C]) -> client states [C, ...]`.
+      aggregate: `(server state, ids [C], client states [C, ...], weights [C], total) -> server state`.
+      outcomes: `server state -> client states [M, ...]`, the M models to evaluate (one, unless clients stay apart).
+      payload_bytes: `client state -> (downlink, uplink)`, bytes per client and round.
+    """
+
+    init: Callable[[PyTree], PyTree]
+    broadcast: Callable[[PyTree, Array], PyTree]
+    aggregate: Callable[[PyTree, Array, PyTree, Array, Total], PyTree]
+    outcomes: Callable[[PyTree], PyTree]
+    payload_bytes: Callable[[PyTree], tuple[int, int]]
+
+
+class Method(NamedTuple):
+    """The four choices that make a federated black-box prompt tuning method."""
+
+    generator: PromptGenerator
+    objective: Objective
+    optimizer: Optimizer
+    federation: Federation
