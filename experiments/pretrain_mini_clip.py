@@ -157,7 +157,7 @@ def mini_config(vocabulary: dict[str, int]) -> CLIPConfig:
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
     """Returns a word-level tokeniser; `<eos>` has the largest id, so both pooling rules of CLIP agree on it."""
-    words = sorted({*DIGIT_WORDS, *COLOUR_WORDS, *"a photo of the digit on background".split()})
+    words = sorted({*DIGIT_WORDS, *COLOUR_WORDS, *["a", "photo", "of", "the", "digit", "on", "background"]})
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", *words, "<bos>", "<eos>"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()

@@ -1,0 +1,39 @@
+"""Federated black-box prompt tuning and zeroth-order gradient estimators, in JAX.
+
+An optimizer asks (candidate parameters), something else evaluates them (prompts, queries, losses), it is told the
+losses. A federated round is a pipeline of pure stages with one hole, the evaluation. See the README.
+"""
+
+from fedbbpt_jax.black_box.frozen import clip_classifier, query_only
+from fedbbpt_jax.data.partition import dirichlet, iid
+from fedbbpt_jax.data.tasks import Task, load_task
+from fedbbpt_jax.estimators.directions import Directions, rademacher, segmented_uniform
+from fedbbpt_jax.estimators.spsa import one_sided_spsa, spsa
+from fedbbpt_jax.federated.averaging import isolated, weighted_mean
+from fedbbpt_jax.federated.cohort import ClientData, draw_cohort, pack
+from fedbbpt_jax.federated.placement import compile_rounds
+from fedbbpt_jax.federated.round import RoundInfo, federated_round
+from fedbbpt_jax.models.loading import load_clip
+from fedbbpt_jax.objectives import cross_entropy
+from fedbbpt_jax.optimizers.descent import descent, spsa_gc_perturbation_size, spsa_gc_transformation
+from fedbbpt_jax.pretrained import MINI_CLIP
+from fedbbpt_jax.prompts.coordinator import coordinator
+from fedbbpt_jax.prompts.module import from_module
+from fedbbpt_jax.prompts.pixels import frame, full_overlay, low_resolution_overlay
+from fedbbpt_jax.training.evaluate import compile_evaluation
+from fedbbpt_jax.training.experiment import Experiment
+from fedbbpt_jax.training.run import run
+from fedbbpt_jax.types import (
+    BlackBox,
+    Cohort,
+    EstimateInfo,
+    Estimator,
+    Examples,
+    Federation,
+    Method,
+    Objective,
+    Optimizer,
+    PromptGenerator,
+    Query,
+    Response,
+)

@@ -45,13 +45,17 @@ class Response(NamedTuple):
 class BlackBox(Protocol):
     """Answers queries. In-process boxes are pytrees whose weights are leaves, so that they enter `jit` as arguments."""
 
-    def __call__(self, query: Query, /) -> Response: ...
+    def __call__(self, query: Query, /) -> Response:
+        """Returns the response to a query."""
+        ...
 
 
 class Objective(Protocol):
     """Per-example loss, float32 `[...]`, of scores `[..., N]` and labels int32 `[...]`. Labels stay with the client."""
 
-    def __call__(self, scores: Array, labels: Array, /) -> Array: ...
+    def __call__(self, scores: Array, labels: Array, /) -> Array:
+        """Returns the loss of each example."""
+        ...
 
 
 class Examples(NamedTuple):
@@ -64,8 +68,8 @@ class Examples(NamedTuple):
     """
 
     inputs: PyTree
-    features: Array
-    labels: Array
+    features: Any
+    labels: Any
 
 
 class Cohort(NamedTuple):
@@ -143,7 +147,7 @@ class Optimizer(NamedTuple):
 
 
 Total = Callable[[Array], Array]
-"""Sums `[C, ...]` over all clients: over the leading axis on one device, and across devices too where there are more."""
+"""Sums `[C, ...]` over all clients: over the leading axis on one device, and across devices where there are more."""
 
 
 class Federation(NamedTuple):

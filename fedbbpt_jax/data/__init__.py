@@ -1,0 +1,1 @@
+"""Tasks, and how their examples are split among clients."""

@@ -38,6 +38,7 @@ class Scans(NamedTuple):
     classes: np.ndarray
 
     def take(self, indices: np.ndarray) -> Scans:
+        """Returns the scans at `indices`."""
         return Scans(self.glyphs[indices], self.classes[indices])
 
 
@@ -52,8 +53,8 @@ class Split(NamedTuple):
 @functools.cache
 def split_scans() -> Split:
     """Returns the fixed, stratified split of the scans by image."""
-    data = load_digits()
-    scans = Scans((data.images / 16.0).astype(np.float32), data.target.astype(np.int32))
+    pixels, classes = load_digits(return_X_y=True)
+    scans = Scans((np.asarray(pixels).reshape(-1, 8, 8) / 16.0).astype(np.float32), np.asarray(classes, np.int32))
     rest, test = train_test_split(np.arange(len(scans.classes)), test_size=500, stratify=scans.classes, random_state=0)
     pretrain, pool = train_test_split(rest, test_size=400, stratify=scans.classes[rest], random_state=0)
     return Split(*(scans.take(np.sort(part)) for part in (pretrain, pool, test)))

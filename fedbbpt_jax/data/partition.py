@@ -25,13 +25,11 @@ def iid(labels: np.ndarray, num_clients: int, seed: int) -> list[np.ndarray]:
     return [np.sort(part) for part in np.array_split(rows, num_clients)]
 
 
-def dirichlet(
-    labels: np.ndarray, num_clients: int, alpha: float, seed: int, min_examples: int = 8
-) -> list[np.ndarray]:
+def dirichlet(labels: np.ndarray, num_clients: int, alpha: float, seed: int, min_examples: int = 8) -> list[np.ndarray]:
     r"""Returns the rows of each client when each class is spread by proportions $p \sim \mathrm{Dir}(\alpha)$.
 
-    Small alpha gives clients of few classes and unequal sizes. Clients short of `min_examples` are topped up with random
-    rows of the largest client.
+    Small alpha gives clients of few classes and unequal sizes. Clients short of `min_examples` are topped up with
+    random rows of the largest client.
 
     Args:
       labels: int `[n]`.

@@ -115,7 +115,9 @@ def load_task(name: str, *, shots: int = 16, seed: int = 0) -> Task:
 def _draw_shots(pool: Scans, shots: int, seed: int, max_validation: int = 24) -> tuple[Scans, Scans]:
     fewest = int(np.bincount(pool.classes).min())
     if not 1 <= shots < fewest:
-        raise TaskError(f"shots must be between 1 and {fewest - 1} per class (some are kept for validation), got {shots}")
+        raise TaskError(
+            f"shots must be between 1 and {fewest - 1} per class (some are kept for validation), got {shots}"
+        )
     rng = np.random.default_rng((seed, 0))
     rows = [rng.permutation(np.flatnonzero(pool.classes == label)) for label in np.unique(pool.classes)]
     train = np.concatenate([r[:shots] for r in rows])

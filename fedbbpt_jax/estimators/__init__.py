@@ -1,0 +1,1 @@
+"""Losses at perturbed points to gradient estimates."""

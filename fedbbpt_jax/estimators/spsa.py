@@ -123,7 +123,7 @@ def _combine(
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
     gradient, _ = jax.lax.scan(add, zeros, (jnp.arange(len(slopes)), weights))
-    info = EstimateInfo(_masked_mean(losses, valid), optax.global_norm(gradient), usable.sum())
+    info = EstimateInfo(_masked_mean(losses, valid), optax.tree.norm(gradient), usable.sum())
     return gradient, SpsaState(state.step + 1), info
 
 

@@ -1,0 +1,1 @@
+"""The round, where it runs, who takes part and how clients come together."""

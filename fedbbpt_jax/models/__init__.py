@@ -1,0 +1,1 @@
+"""Frozen networks in Flax, one readable file each, and their checkpoints."""

@@ -6,28 +6,35 @@ Module and attribute names are those of Hugging Face CLIP checkpoints, its `pre_
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 
 from fedbbpt_jax.models.layers import Encoder, PatchEmbedding, causal_mask
 
+Config = Any
+"""A CLIP configuration of transformers, or the part of one tower; its class fills every field."""
+
 
 class TextEmbeddings(nnx.Module):
-    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
+    """Token and position embeddings."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.token_embedding = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)
         self.position_embedding = nnx.Embed(config.max_position_embeddings, config.hidden_size, rngs=rngs)
 
     def __call__(self, ids: Array) -> Array:
+        """Returns `[B, T, E]` of ids `[B, T]`."""
         return self.token_embedding(ids) + self.position_embedding(jnp.arange(ids.shape[-1]))
 
 
 class TextTower(nnx.Module):
     """Causal transformer over token ids, pooled at the end-of-text token."""
 
-    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.eos_token_id = config.eos_token_id
         self.embeddings = TextEmbeddings(config, rngs=rngs)
         self.encoder = _encoder(config, rngs)
@@ -43,7 +50,9 @@ class TextTower(nnx.Module):
 
 
 class VisionEmbeddings(nnx.Module):
-    def __init__(self, config: CLIPVisionConfig, *, rngs: nnx.Rngs):
+    """A class token before the patches, and positions."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
         width = config.hidden_size
         self.class_embedding = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (width,)))
         self.patch_embedding = PatchEmbedding(config.patch_size, width, rngs=rngs)
@@ -51,6 +60,7 @@ class VisionEmbeddings(nnx.Module):
         self.position_embedding = nnx.Embed(num_patches + 1, width, rngs=rngs)
 
     def __call__(self, images: Array) -> Array:
+        """Returns `[B, T, E]` of normalised images `[B, H, W, 3]`."""
         patches = self.patch_embedding(images)
         first = jnp.broadcast_to(self.class_embedding[...], (len(images), 1, patches.shape[-1]))
         return jnp.concatenate([first, patches], axis=1) + self.position_embedding.embedding[...]
@@ -59,7 +69,7 @@ class VisionEmbeddings(nnx.Module):
 class VisionTower(nnx.Module):
     """Vision transformer, pooled at its class token."""
 
-    def __init__(self, config: CLIPVisionConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
         width, eps = config.hidden_size, config.layer_norm_eps
         self.embeddings = VisionEmbeddings(config, rngs=rngs)
         self.pre_layrnorm = nnx.LayerNorm(width, epsilon=eps, rngs=rngs)
@@ -75,7 +85,7 @@ class VisionTower(nnx.Module):
 class CLIP(nnx.Module):
     """Both towers, their projections to the common space and the temperature."""
 
-    def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
         text, vision = config.text_config, config.vision_config
         self.text_model = TextTower(text, rngs=rngs)
         self.vision_model = VisionTower(vision, rngs=rngs)
@@ -120,7 +130,7 @@ def tokenize(tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     return encoded["input_ids"].astype(np.int32), encoded["attention_mask"].astype(bool)
 
 
-def _encoder(config: CLIPTextConfig | CLIPVisionConfig, rngs: nnx.Rngs) -> Encoder:
+def _encoder(config: Config, rngs: nnx.Rngs) -> Encoder:
     return Encoder(
         config.num_hidden_layers,
         config.hidden_size,

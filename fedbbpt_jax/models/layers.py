@@ -54,6 +54,7 @@ class MLP(nnx.Module):
         self.fc2 = nnx.Linear(hidden, width, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
+        """Returns `[..., E]` of `[..., E]`."""
         return self.fc2(self.activation(self.fc1(x)))
 
 
@@ -67,6 +68,7 @@ class PreNormBlock(nnx.Module):
         self.mlp = MLP(width, hidden, activation, rngs=rngs)
 
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns tokens `[B, T, E]`; `mask` as for attention."""
         x = x + self.self_attn(self.layer_norm1(x), mask)
         return x + self.mlp(self.layer_norm2(x))
 
@@ -82,6 +84,7 @@ class Encoder(nnx.Module):
         )
 
     def __call__(self, x: Array, mask: Array | None = None) -> Array:
+        """Returns tokens `[B, T, E]`; `mask` as for attention."""
         for layer in self.layers:
             x = layer(x, mask)
         return x

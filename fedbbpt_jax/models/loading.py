@@ -53,7 +53,7 @@ def load_clip(folder: str | Path) -> PretrainedCLIP:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} holds no {name}; expected a CLIP checkpoint in the Hugging Face layout")
     try:
-        config = CLIPConfig.from_pretrained(folder, local_files_only=True)
+        config: Any = CLIPConfig.from_pretrained(folder, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -78,8 +78,8 @@ def read_params(file: Path, like: dict[str, Any]) -> dict[str, Any]:
     Raises:
       CheckpointError: the file is corrupt, or tensors are missing, unexpected or of another shape.
     """
-    paths = {tensor_name(path): path for path in traverse_util.flatten_dict(like)}
-    flat_like = traverse_util.flatten_dict(like)
+    expected: dict[tuple, Any] = traverse_util.flatten_dict(like)
+    paths = {tensor_name(path): path for path in expected}
     found: dict[tuple, Array] = {}
     try:
         with safe_open(file, framework="np") as stored:
@@ -88,12 +88,12 @@ def read_params(file: Path, like: dict[str, Any]) -> dict[str, Any]:
                 found[paths[name]] = jnp.asarray(_from_stored(paths[name], stored.get_tensor(name)), jnp.float32)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"cannot read {file}: {error}") from error
-    problems = [f"missing {name} {flat_like[paths[name]].shape}" for name in sorted(paths.keys() - names)]
+    problems = [f"missing {name} {expected[paths[name]].shape}" for name in sorted(paths.keys() - names)]
     problems += [f"unexpected {name}" for name in sorted(names - paths.keys() - set(IGNORED_TENSORS))]
     problems += [
-        f"{tensor_name(path)} has shape {value.shape}, expected {flat_like[path].shape}"
+        f"{tensor_name(path)} has shape {value.shape}, expected {expected[path].shape}"
         for path, value in found.items()
-        if value.shape != flat_like[path].shape
+        if value.shape != expected[path].shape
     ]
     if problems:
         raise CheckpointError(f"{file} does not fit its configuration: " + "; ".join(problems))
@@ -102,7 +102,7 @@ def read_params(file: Path, like: dict[str, Any]) -> dict[str, Any]:
 
 def stored_tensors(params: Mapping[str, Any], dtype: str) -> dict[str, np.ndarray]:
     """Returns `{tensor name: array}` of parameters, ready for `safetensors.numpy.save_file`."""
-    flat = traverse_util.flatten_dict(params)
+    flat: dict[tuple, Any] = traverse_util.flatten_dict(params)
     return {tensor_name(path): np.array(_to_stored(path, np.asarray(v)), dtype, order="C") for path, v in flat.items()}
 
 

@@ -66,7 +66,7 @@ def spsa_gc_transformation(
     Source: Oh et al., 2023, "BlackVIP", equations 5-7 and the published code, where t starts at 1 and o = 1.
     """
 
-    def step_size(count: Array) -> Array:
+    def step_size(count):
         return learning_rate / (count + 1.0 + offset) ** decay
 
     return optax.chain(optax.trace(decay=momentum, nesterov=True), optax.scale_by_learning_rate(step_size))

@@ -1,0 +1,1 @@
+"""Prompt generators: parameters to prompts."""

@@ -25,6 +25,7 @@ class Doubling(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(channels))
 
     def __call__(self, x: Array) -> Array:
+        """Returns `[B, 2h, 2w, C]` of `[B, h, w, C]`."""
         batch, height, width, channels = x.shape
         doubled = jnp.einsum("bhwc,cij->bhiwjc", x, self.kernel[...])
         return doubled.reshape(batch, 2 * height, 2 * width, channels) + self.bias[...]
@@ -43,6 +44,7 @@ class Stage(nnx.Module):
         self.norm = nnx.GroupNorm(outputs, num_groups=1, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
+        """Returns `[B, 2h, 2w, outputs]` of `[B, h, w, inputs]`."""
         return jax.nn.gelu(self.norm(self.pointwise(self.doubling(x))))
 
 
@@ -58,6 +60,7 @@ class Coordinator(nnx.Module):
         self.last = nnx.Param(jnp.zeros((channels[-1], 2, 2, 3)))
 
     def __call__(self, features: Array) -> Array:
+        """Returns prompts `[B, H, W, 3]` of features `[B, F]`."""
         batch = len(features)
         trigger = jnp.broadcast_to(self.trigger[...], (batch, *self.trigger.shape))
         seed = jnp.concatenate([features, trigger], axis=-1)

@@ -23,6 +23,7 @@ class Overlay(nnx.Module):
         self.picture = nnx.Param(jnp.zeros((resolution, resolution, 3)))
 
     def __call__(self, features: Array) -> Array:
+        """Returns the prompt `[H, W, 3]`, whatever the features."""
         del features
         return jax.image.resize(self.picture[...], (self.image_size, self.image_size, 3), "linear")
 
@@ -38,6 +39,7 @@ class Frame(nnx.Module):
         self.border = nnx.Param(jnp.zeros((int(border.sum()), 3)))
 
     def __call__(self, features: Array) -> Array:
+        """Returns the prompt `[H, W, 3]`, whatever the features."""
         del features
         size, width = self.image_size, self.width
         inside = (np.arange(size) >= width) & (np.arange(size) < size - width)

@@ -1,0 +1,1 @@
+"""Experiments: their description, their run, their records and figures."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import optax
@@ -90,7 +90,17 @@ class Experiment:
     seed: int = 0
 
 
-def resolve(experiment: Experiment) -> Experiment:
+@dataclass(frozen=True)
+class ResolvedExperiment(Experiment):
+    """An experiment whose sizes are all known; made by `resolve`."""
+
+    cohort: int = 0
+    num_rounds: int = 0
+    perturbation_size: float = 0.0
+    lr: float = 0.0
+
+
+def resolve(experiment: Experiment) -> ResolvedExperiment:
     """Returns the experiment with every size filled in.
 
     Raises:
@@ -111,23 +121,20 @@ def resolve(experiment: Experiment) -> Experiment:
     _parse_partition(e.partition)
     published = e.estimator == "spsa-gc"
     lr = e.lr or (0.01 if published else 0.03 if e.optimizer == "adam" else 0.02)
-    e = replace(e, cohort=cohort, perturbation_size=e.perturbation_size or (0.01 if published else 0.05), lr=lr)
-    affordable = e.budget // requests_per_round(e)
-    if affordable < 1:
-        raise ValueError(f"--budget must pay for one round of {requests_per_round(e)} requests, got {e.budget}")
-    return replace(e, num_rounds=min(e.num_rounds or affordable, affordable))
+    size = e.perturbation_size or (0.01 if published else 0.05)
+    requests = requests_per_round(e)
+    if e.budget < requests:
+        raise ValueError(f"--budget must pay for one round of {requests} requests, got {e.budget}")
+    num_rounds = min(e.num_rounds or e.budget, e.budget // requests)
+    sizes = {"cohort": cohort, "num_rounds": num_rounds, "perturbation_size": size, "lr": lr}
+    return ResolvedExperiment(**asdict(e) | sizes)
 
 
 def requests_per_round(experiment: Experiment) -> int:
-    """Returns the requests of one round of a resolved experiment."""
+    """Returns C·K·T·B, the requests of one round."""
     e = experiment
-    return e.cohort * num_candidates(e) * e.local_steps * e.batch_size
-
-
-def num_candidates(experiment: Experiment) -> int:
-    """Returns K, the candidates of one client and step."""
-    q = experiment.num_directions
-    return q + 1 if experiment.estimator == "spsa-one-sided" else 2 * q
+    num_candidates = e.num_directions + 1 if e.estimator == "spsa-one-sided" else 2 * e.num_directions
+    return (e.cohort or e.num_clients) * num_candidates * e.local_steps * e.batch_size
 
 
 def split_among_clients(experiment: Experiment, labels: np.ndarray) -> list[np.ndarray]:
@@ -138,7 +145,7 @@ def split_among_clients(experiment: Experiment, labels: np.ndarray) -> list[np.n
     return dirichlet(labels, experiment.num_clients, alpha, experiment.seed)
 
 
-def build_method(experiment: Experiment, task: Task) -> Method:
+def build_method(experiment: ResolvedExperiment, task: Task) -> Method:
     """Returns the method that a resolved experiment describes."""
     return Method(
         build_generator(experiment, task), cross_entropy, build_optimizer(experiment), build_federation(experiment)
@@ -159,7 +166,7 @@ def build_generator(experiment: Experiment, task: Task) -> PromptGenerator:
             return coordinator(size, task.train.features.shape[-1])
 
 
-def build_optimizer(experiment: Experiment) -> Optimizer:
+def build_optimizer(experiment: ResolvedExperiment) -> Optimizer:
     """Returns the client's optimizer of a resolved experiment."""
     e = experiment
     num_steps = e.num_rounds * e.local_steps
@@ -181,7 +188,7 @@ def model_folder(experiment: Experiment) -> Path:
     return MINI_CLIP if experiment.model == "mini-clip" else Path(experiment.model)
 
 
-def _build_estimator(e: Experiment) -> Estimator:
+def _build_estimator(e: ResolvedExperiment) -> Estimator:
     match e.estimator:
         case "spsa-one-sided":
             return one_sided_spsa(rademacher(), e.num_directions, e.perturbation_size)

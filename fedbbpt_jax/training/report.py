@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -17,7 +18,7 @@ from rich.table import Table
 from fedbbpt_jax.training.compare import SeedResult, recovered_share
 from fedbbpt_jax.training.run import Outcome
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -72,7 +73,7 @@ def write_accuracy_figure(path: Path, results: Sequence[SeedResult]) -> None:
         across |= {"white-box": [r.white_box.validation_accuracy for r in complete if r.white_box is not None]}
         for (label, values), style in zip(across.items(), (":", "--"), strict=True):
             if values:
-                axes.axhline(100 * np.mean(values), color="0.3", linestyle=style, linewidth=1.2, label=label)
+                axes.axhline(100 * float(np.mean(values)), color="0.3", linestyle=style, linewidth=1.2, label=label)
         axes.set(xlabel="requests to the black box, thousands (all clients)", ylabel="validation accuracy, %")
         axes.set(xlim=(0, None), ylim=(0, 100))
         if len(labels) > 1:
@@ -95,7 +96,7 @@ def write_prompt_figure(path: Path, outcome: Outcome) -> None:
         f"prompt (±{reach:.2f})": 0.5 + prompts / (2 * reach),
         "prompted": prompted,
     }
-    with plt.rc_context(STYLE | {"axes.grid": False}):
+    with plt.rc_context({**STYLE, "axes.grid": False}):
         figure, grid = plt.subplots(4, num_images, figsize=(1.1 * num_images + 1.0, 4.9))
         for (label, images), axes_row in zip(rows.items(), grid, strict=True):
             for image, axes in zip(images, axes_row, strict=True):

@@ -22,7 +22,6 @@ from fedbbpt_jax.training.experiment import (
     Experiment,
     build_method,
     model_folder,
-    requests_per_round,
     resolve,
     split_among_clients,
 )

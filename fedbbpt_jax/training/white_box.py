@@ -1,4 +1,4 @@
-"""White-box prompt tuning: autodiff through the frozen model. A ceiling for research; no black-box method may use it."""
+"""White-box prompt tuning, by autodiff through the frozen model: a ceiling for research, not a black-box method."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def tune_white_box(
     def tune(classifier: BlackBox, params: Params, examples: Examples) -> Params:
         def loss(params: Params) -> Array:
             prompt = generator.generate(params, examples.features)
-            query = Query(jax.tree.map(lambda x: x[None, None], prompt), jax.tree.map(lambda x: x[None], examples.inputs))
+            query = Query(
+                jax.tree.map(lambda x: x[None, None], prompt), jax.tree.map(lambda x: x[None], examples.inputs)
+            )
             return objective(classifier(query).scores[0, 0], examples.labels).mean()
 
         def step(carry, _):

@@ -1,0 +1,36 @@
+"""Shared pieces: a tiny linear black box, so that tests of the method need no model."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fedbbpt_jax.types import Examples, PromptGenerator, Query, Response
+
+
+def linear_box(query: Query) -> Response:
+    """Scores of vectors: the input plus the prompt, through a fixed curve, so that losses are smooth and not linear."""
+    moved = query.inputs[:, None] + query.prompt[:, :, None]  # [C, K, B, N]
+    scores = moved + 0.3 * jnp.sin(moved)
+    return Response(scores, jnp.isfinite(scores).all(-1))
+
+
+def vector_generator(size: int) -> PromptGenerator:
+    """A prompt that is its own parameters."""
+    return PromptGenerator(lambda key: {"shift": jnp.zeros(size)}, lambda params, features: params["shift"])
+
+
+@pytest.fixture
+def vectors() -> Examples:
+    """60 vectors of 4 numbers in 4 classes, whose largest number rarely names the class."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(60, dtype=np.int32) % 4
+    inputs = rng.normal(0, 1, (60, 4)).astype(np.float32) + np.float32([3, 0, -2, 1]) + np.eye(4, dtype="f")[labels] * 2
+    return Examples(inputs, np.zeros((60, 0), np.float32), labels)
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    return jax.random.key(7)

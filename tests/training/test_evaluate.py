@@ -1,0 +1,58 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import linear_box, vector_generator
+
+from fedbbpt_jax.objectives import cross_entropy
+from fedbbpt_jax.training.evaluate import compile_evaluation
+from fedbbpt_jax.training.white_box import tune_white_box
+from fedbbpt_jax.types import PromptGenerator
+
+BOX = jax.tree_util.Partial(linear_box)
+
+
+@pytest.mark.parametrize("chunk_size", [7, 60, 100])
+def test_accuracy_and_loss_equal_numpy_for_every_chunk(vectors, chunk_size):
+    """60 examples in chunks that divide them, do not, and exceed them; two models are averaged."""
+    shifts = np.array([[0.0, 0, 0, 0], [-3, 1, 2, -1]], np.float32)
+    evaluate = compile_evaluation(vector_generator(4), cross_entropy, chunk_size=chunk_size)
+    found = evaluate(BOX, {"shift": jnp.asarray(shifts)}, vectors)
+
+    losses, accuracies = [], []
+    for shift in shifts:
+        scores = (vectors.inputs + shift) + 0.3 * np.sin(vectors.inputs + shift)
+        losses.append(np.mean(np.log(np.exp(scores).sum(1)) - scores[np.arange(60), vectors.labels]))
+        accuracies.append(np.mean(scores.argmax(1) == vectors.labels))
+    assert found.accuracy == pytest.approx(np.mean(accuracies), abs=1e-6)
+    assert found.loss == pytest.approx(np.mean(losses), abs=1e-5)
+    assert found.num_requests == 120
+
+
+def test_prompts_may_depend_on_the_example(vectors):
+    """A generator that is shown the label's one-hot and passes it on is always right."""
+    told = vectors._replace(features=10 * np.eye(4, dtype=np.float32)[vectors.labels])
+    generator = PromptGenerator(lambda key: jnp.zeros(()), lambda params, features: params * features)
+
+    def box(query):
+        return linear_box(query._replace(prompt=query.prompt[:, :, 0], inputs=query.inputs[:, :1]))
+
+    evaluate = compile_evaluation(generator, cross_entropy, chunk_size=1)
+    assert evaluate(jax.tree_util.Partial(box), jnp.ones(1), told).accuracy == 1
+    assert evaluate(jax.tree_util.Partial(box), jnp.zeros(1), told).accuracy < 0.6
+
+
+def test_white_box_finds_the_minimum_that_scipy_finds(vectors, key):
+    from scipy.optimize import minimize
+
+    def loss(shift):
+        moved = vectors.inputs.astype("d") + shift
+        scores = moved + 0.3 * np.sin(moved)
+        return np.mean(np.log(np.exp(scores).sum(1)) - scores[np.arange(60), vectors.labels])
+
+    best = minimize(loss, np.zeros(4)).fun
+    params = tune_white_box(
+        BOX, vector_generator(4), cross_entropy, vectors, key, num_steps=400, learning_rate=0.1
+    )
+    assert loss(np.zeros(4)) > best + 0.3
+    assert loss(np.asarray(params["shift"], "d")) == pytest.approx(best, abs=1e-3)
