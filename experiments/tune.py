@@ -20,26 +20,34 @@ from fedbbpt_jax.objectives import cross_entropy
 from fedbbpt_jax.training.compare import variants
 from fedbbpt_jax.training.evaluate import compile_evaluation
 from fedbbpt_jax.training.experiment import Experiment, build_generator, resolve
+from fedbbpt_jax.training.prepare import load_classifier, on_device
 from fedbbpt_jax.training.report import format_mean
-from fedbbpt_jax.training.run import load_classifier, on_device, run
-from fedbbpt_jax.training.white_box import tune_white_box
+from fedbbpt_jax.training.run import run
+from fedbbpt_jax.training.white_box import compile_white_box
 
 Grid = dict[str, list[Any]]
-Section = Literal["method", "method-iid", "one-sided", "quarter", "centralised", "spsa-gc", "local", "white-box"]
+Section = Literal[
+    "method", "batch", "one-sided", "quarter", "centralised", "spsa-gc", "local", "coordinator", "loc", "white-box"
+]
 
 DEFAULT = Experiment()
 BASELINES = variants(DEFAULT)
 GRIDS: dict[str, tuple[Experiment, Grid]] = {
     "method": (DEFAULT, {"perturbation_size": [0.03, 0.05, 0.1], "lr": [0.02, 0.03, 0.05]}),
-    "method-iid": (replace(DEFAULT, partition="iid"), {"lr": [0.02, 0.03, 0.05]}),
+    "batch": (DEFAULT, {"batch_size": [2, 4, 8], "num_directions": [2, 5]}),
     "one-sided": (replace(DEFAULT, estimator="spsa-one-sided", num_directions=9), {"lr": [0.02, 0.03, 0.05]}),
-    "quarter": (replace(DEFAULT, budget=16_000), {"lr": [0.03, 0.05, 0.08]}),
+    "quarter": (replace(DEFAULT, budget=16_000), {"lr": [0.02, 0.03, 0.05]}),
     "centralised": (BASELINES["centralised"], {"lr": [0.01, 0.02, 0.03, 0.05]}),
     "spsa-gc": (
         BASELINES["SPSA-GC tuned step, dirichlet:0.3"],
         {"perturbation_size": [0.01, 0.05], "lr": [0.005, 0.01, 0.02, 0.04]},
     ),
-    "local": (BASELINES["local only, dirichlet:0.3"], {"lr": [0.01, 0.03]}),
+    "local": (BASELINES["local only, dirichlet:0.3"], {"lr": [0.01, 0.03, 0.06]}),
+    "coordinator": (replace(DEFAULT, generator="coordinator"), {"lr": [0.01, 0.03, 0.05]}),
+    "loc": (
+        replace(DEFAULT, task="loc", partition="iid", budget=200_000, perturbation_size=0.1),
+        {"lr": [0.05, 0.1, 0.2]},
+    ),
 }
 
 
@@ -62,9 +70,10 @@ def white_box(seeds: tuple[int, ...]) -> None:
         for seed in seeds:
             e = resolve(replace(DEFAULT, seed=seed))
             task = load_task(e.task, shots=e.shots, seed=seed)
-            classifier, generator = load_classifier(e, task), build_generator(e, task)
+            classifier, generator = load_classifier(e, task), build_generator(e, task.image_size, task.feature_size)
             settings = {"num_steps": num_steps, "learning_rate": rate}
-            params = tune_white_box(classifier, generator, cross_entropy, task.train, jax.random.key(seed), **settings)
+            tune = compile_white_box(generator, cross_entropy, **settings)
+            params = tune(classifier, generator.init(jax.random.key(seed)), on_device(task.train))
             evaluate = compile_evaluation(generator, cross_entropy)
             model = jax.tree.map(lambda x: x[None], params)
             accuracies.append(float(evaluate(classifier, model, on_device(task.validation)).accuracy))

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fedbbpt_jax.data.tasks import DIGIT_TASKS, load_task
+from fedbbpt_jax.data.tasks import DIGIT_TASKS
 from fedbbpt_jax.errors import FedBBPTError
 from fedbbpt_jax.training.compare import SeedResult, run_variants, run_white_box, variants
 from fedbbpt_jax.training.experiment import (
@@ -27,6 +27,7 @@ from fedbbpt_jax.training.experiment import (
     requests_per_round,
     resolve,
 )
+from fedbbpt_jax.training.prepare import prepare
 from fedbbpt_jax.training.records import append_row, create_folder, summarise, write_config, write_json, write_prompt
 from fedbbpt_jax.training.report import summary_table, write_accuracy_figure, write_prompt_figure
 from fedbbpt_jax.training.run import Row
@@ -112,8 +113,7 @@ def list_command(command: List) -> int:
 def run_command(command: Run) -> int:
     """Runs one experiment, several seeds of it, or each of them beside its baselines, into one new folder."""
     base, seeds = command.experiment, _parse_seeds(command)
-    resolved = resolve(replace(base, seed=seeds[0]))
-    load_task(base.task, shots=base.shots, seed=seeds[0])  # bad names and numbers end here, before anything is written
+    resolved = prepare(replace(base, seed=seeds[0])).experiment  # bad input ends here, before anything is written
     folder = command.output_dir or Path("runs") / f"{base.task}-{time.strftime('%Y%m%d-%H%M%S')}"
     create_folder(folder)
     write_config(folder, resolved, seeds)

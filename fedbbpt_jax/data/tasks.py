@@ -36,6 +36,11 @@ class Task(NamedTuple):
     test: Examples
     clean_test_inputs: np.ndarray
 
+    @property
+    def feature_size(self) -> int:
+        """F, the width of what a prompt generator sees of an input."""
+        return self.train.features.shape[-1]
+
 
 Shift = Callable[[np.ndarray, Scans, Scans, np.random.Generator, bool], np.ndarray]
 """`(clean images, their scans, all scans of the part, rng, whether this is the test part) -> images`."""

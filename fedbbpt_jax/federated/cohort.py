@@ -28,6 +28,9 @@ class ClientData(NamedTuple):
 def pack(examples: Examples, parts: Sequence[np.ndarray]) -> ClientData:
     """Returns the data of clients that hold the rows `parts[i]` of `examples`.
 
+    Clients are padded to the longest one, rounded up to a multiple of 32, so that the splits of other seeds mostly
+    share one compilation.
+
     Raises:
       ValueError: a client holds nothing.
     """
@@ -35,7 +38,8 @@ def pack(examples: Examples, parts: Sequence[np.ndarray]) -> ClientData:
         if len(part) == 0:
             raise ValueError(f"client {i} holds no example")
     longest = max(len(part) for part in parts)
-    rows = np.stack([np.resize(part, longest) for part in parts])  # [clients, n]
+    capacity = -(-longest // 32) * 32
+    rows = np.stack([np.resize(part, capacity) for part in parts])  # [clients, n]
     sizes = jnp.asarray([len(part) for part in parts], jnp.int32)
     return ClientData(jax.tree.map(lambda x: jnp.asarray(x)[rows], examples), sizes)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -13,13 +13,14 @@ from fedbbpt_jax.data.tasks import load_task
 from fedbbpt_jax.objectives import cross_entropy
 from fedbbpt_jax.training.evaluate import compile_evaluation
 from fedbbpt_jax.training.experiment import Experiment, build_generator, resolve
-from fedbbpt_jax.training.run import Outcome, Row, load_classifier, on_device, run
-from fedbbpt_jax.training.white_box import tune_white_box
+from fedbbpt_jax.training.prepare import load_classifier, on_device
+from fedbbpt_jax.training.run import Outcome, Row, run
+from fedbbpt_jax.training.white_box import compile_white_box
 
 # Chosen on validation data of seeds 100-102: experiments/tune_baselines.py.
 CENTRALISED_LR = 0.03
 SPSA_GC_TUNED_LR = 0.01
-WHITE_BOX_STEPS, WHITE_BOX_LR = 150, 0.03
+WHITE_BOX_STEPS, WHITE_BOX_LR = 150, 0.1
 
 
 class WhiteBox(NamedTuple):
@@ -85,7 +86,7 @@ def run_variants(experiments: Mapping[str, Experiment], on_row: Callable[[str, R
     """
     outcomes = {}
     for label, experiment in experiments.items():
-        outcomes[label] = run(experiment, partial(on_row, label))
+        outcomes[label] = run(experiment, functools.partial(on_row, label))
         if outcomes[label].summary["stopped_by"] == "interrupted":
             break
     return outcomes
@@ -95,16 +96,16 @@ def run_white_box(experiment: Experiment) -> WhiteBox:
     """Returns the white-box ceiling of an experiment's task, generator and shots."""
     e = resolve(experiment)
     task = load_task(e.task, shots=e.shots, seed=e.seed)
-    classifier, generator = load_classifier(e, task), build_generator(e, task)
-    params = tune_white_box(
-        classifier,
-        generator,
-        cross_entropy,
-        task.train,
-        jax.random.key(e.seed),
-        num_steps=WHITE_BOX_STEPS,
-        learning_rate=WHITE_BOX_LR,
-    )
-    evaluate = compile_evaluation(generator, cross_entropy)
+    classifier = load_classifier(e, task)
+    generator, tune, evaluate = _programs(replace(e, seed=0), task.image_size, task.feature_size)
+    params = tune(classifier, generator.init(jax.random.key(e.seed)), on_device(task.train))
     model = jax.tree.map(lambda x: x[None], params)
     return WhiteBox(*(float(evaluate(classifier, model, on_device(p)).accuracy) for p in (task.validation, task.test)))
+
+
+@functools.lru_cache(maxsize=4)
+def _programs(e: Experiment, image_size: int, feature_size: int):
+    """Returns the generator, its white-box tuning and its evaluation, the same for every seed."""
+    generator = build_generator(e, image_size, feature_size)
+    tune = compile_white_box(generator, cross_entropy, num_steps=WHITE_BOX_STEPS, learning_rate=WHITE_BOX_LR)
+    return generator, tune, compile_evaluation(generator, cross_entropy)

@@ -11,7 +11,6 @@ import optax
 import tyro
 
 from fedbbpt_jax.data.partition import dirichlet, iid
-from fedbbpt_jax.data.tasks import Task
 from fedbbpt_jax.estimators.directions import rademacher, segmented_uniform
 from fedbbpt_jax.estimators.spsa import one_sided_spsa, spsa
 from fedbbpt_jax.federated.averaging import isolated, weighted_mean
@@ -59,7 +58,7 @@ class Experiment:
       num_directions: directions per step.
       perturbation_size: in pixel units; by estimator if left out.
       optimizer: what is done with the estimate.
-      lr: step size at the start, decaying by a cosine; by optimizer if left out.
+      lr: step size at the start, decaying by a cosine to 0.3 of it; by optimizer if left out.
       budget: most requests (one prompt on one example) of all clients together.
       eval_every: rounds between two evaluations on validation data.
       precision: of the frozen model's matrix products.
@@ -77,7 +76,7 @@ class Experiment:
     federation: Literal["fedavg", "isolated"] = "fedavg"
     num_rounds: int | None = None
     local_steps: int = 4
-    batch_size: int = 8
+    batch_size: int = 4
     estimator: Literal["spsa", "spsa-one-sided", "spsa-segmented", "spsa-gc"] = "spsa"
     num_directions: int = 5
     perturbation_size: float | None = None
@@ -145,16 +144,15 @@ def split_among_clients(experiment: Experiment, labels: np.ndarray) -> list[np.n
     return dirichlet(labels, experiment.num_clients, alpha, experiment.seed)
 
 
-def build_method(experiment: ResolvedExperiment, task: Task) -> Method:
-    """Returns the method that a resolved experiment describes."""
-    return Method(
-        build_generator(experiment, task), cross_entropy, build_optimizer(experiment), build_federation(experiment)
-    )
+def build_method(experiment: ResolvedExperiment, image_size: int, feature_size: int) -> Method:
+    """Returns the method that a resolved experiment describes, for a task of these sizes."""
+    generator = build_generator(experiment, image_size, feature_size)
+    return Method(generator, cross_entropy, build_optimizer(experiment), build_federation(experiment))
 
 
-def build_generator(experiment: Experiment, task: Task) -> PromptGenerator:
-    """Returns the prompt generator at the size of the task's images."""
-    size = task.image_size
+def build_generator(experiment: Experiment, image_size: int, feature_size: int) -> PromptGenerator:
+    """Returns the prompt generator for images of `image_size` pixels and `feature_size` features."""
+    size = image_size
     match experiment.generator:
         case "low-resolution":
             return low_resolution_overlay(size, resolution=8)
@@ -163,7 +161,7 @@ def build_generator(experiment: Experiment, task: Task) -> PromptGenerator:
         case "frame":
             return frame(size, width=max(1, round(size * 30 / 224)))  # BlackVIP's 30 of 224 pixels
         case "coordinator":
-            return coordinator(size, task.train.features.shape[-1])
+            return coordinator(size, feature_size)
 
 
 def build_optimizer(experiment: ResolvedExperiment) -> Optimizer:
@@ -173,7 +171,7 @@ def build_optimizer(experiment: ResolvedExperiment) -> Optimizer:
     if e.estimator == "spsa-gc":
         estimator = spsa(segmented_uniform(), e.num_directions, spsa_gc_perturbation_size(e.perturbation_size))
         return descent(estimator, spsa_gc_transformation(e.lr))
-    rate = optax.cosine_decay_schedule(e.lr, num_steps)
+    rate = optax.cosine_decay_schedule(e.lr, num_steps, alpha=0.3)
     tx = optax.adam(rate, b2=0.99) if e.optimizer == "adam" else optax.sgd(rate)
     return descent(_build_estimator(e), tx)
 

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from fedbbpt_jax.black_box.frozen import PromptedClassifier, clip_classifier, query_only
-from fedbbpt_jax.data.tasks import Task, load_task
-from fedbbpt_jax.federated.cohort import pack
-from fedbbpt_jax.federated.placement import compile_rounds
-from fedbbpt_jax.models.loading import load_clip
-from fedbbpt_jax.training.evaluate import compile_evaluation
-from fedbbpt_jax.training.experiment import (
-    Experiment,
-    build_method,
-    model_folder,
-    resolve,
-    split_among_clients,
-)
-from fedbbpt_jax.types import Examples, Params
+from fedbbpt_jax.data.tasks import Task
+from fedbbpt_jax.training.evaluate import Evaluation
+from fedbbpt_jax.training.experiment import Experiment, ResolvedExperiment
+from fedbbpt_jax.training.prepare import Setup, prepare
+from fedbbpt_jax.types import Examples, Params, PyTree
 
 Row = dict[str, Any]
 NUM_SHOWN = 6
@@ -64,102 +52,80 @@ def run(experiment: Experiment, on_row: Callable[[Row], None] = lambda row: None
       ValueError, TaskError, CheckpointError: the experiment cannot be run as described.
     """
     started = time.perf_counter()
-    e = resolve(experiment)
-    task = load_task(e.task, shots=e.shots, seed=e.seed)
-    box = query_only(load_classifier(e, task))
-    method = build_method(e, task)
-    clients = pack(task.train, split_among_clients(e, task.train.labels))
-    init_key, key = jax.random.split(jax.random.key(e.seed))
-    client = method.optimizer.init(method.generator.init(init_key))
-    server = method.federation.init(client)
-    run_rounds = compile_rounds(
-        method,
-        cohort_size=e.cohort,
-        local_steps=e.local_steps,
-        batch_size=e.batch_size,
-        chunk_size=e.chunk_size,
-    )
-    evaluate = compile_evaluation(method.generator, method.objective)
-    segments = _segments(e.num_rounds, e.eval_every)
-    validation, test = on_device(task.validation), on_device(task.test)
-
-    def params_of(server: Any) -> Params:
-        return jax.vmap(method.optimizer.solution)(method.federation.outcomes(server))
-
-    zero_shot = evaluate(box, params_of(server), test)
-    compiling = time.perf_counter()
-    compiled = run_rounds.lower(box, server, clients, key, segments[0]).compile()
-    compile_seconds = time.perf_counter() - compiling
-
-    downlink, uplink = (e.cohort * size for size in method.federation.payload_bytes(client))
-    rows: list[Row] = []
-    row: Row = {"round": 0, "num_evaluations": 0, "num_requests": 0, "num_valid": 0}
-    num_eval_requests, stopped_by = 0, "rounds" if e.num_rounds == experiment.num_rounds else "budget"
-
-    def measure(server: Any, row: Row) -> None:
-        nonlocal num_eval_requests
-        result = evaluate(box, params_of(server), validation)
-        num_eval_requests += int(result.num_requests)
-        rows.append(
-            row
-            | {"uplink_bytes": row["round"] * uplink, "downlink_bytes": row["round"] * downlink}
-            | {"loss": float(result.loss), "accuracy": float(result.accuracy)}
-            | {"wall_seconds": time.perf_counter() - started, "seed": e.seed}
-        )
-        on_row(rows[-1])
-
-    measure(server, row)
+    setup = prepare(experiment)
+    server, rows = setup.server, []
+    zero_shot = _evaluate(setup, server, setup.task.test)
+    compile_seconds = _compile(setup)
+    stopped_by = "rounds" if setup.experiment.num_rounds == experiment.num_rounds else "budget"
     try:
-        for rounds in segments:
-            server, info = compiled(box, server, clients, key, rounds)
-            row = row | {"round": row["round"] + int((rounds >= 0).sum())}
-            for name in ("num_evaluations", "num_requests", "num_valid"):
-                row[name] += int(getattr(info, name).sum())
-            measure(server, row)
+        for server, counts in _play(setup):
+            result = _evaluate(setup, server, setup.task.validation)
+            figures = {"loss": float(result.loss), "accuracy": float(result.accuracy)}
+            seconds = time.perf_counter() - started
+            rows.append({**counts, **figures, "wall_seconds": seconds, "seed": setup.experiment.seed})
+            on_row(rows[-1])
     except KeyboardInterrupt:
+        if not rows:
+            raise
         stopped_by = "interrupted"
-
-    params = params_of(server)
-    final = evaluate(box, params, test)
+    final = _evaluate(setup, server, setup.task.test)
     summary = {
-        "task": e.task,
+        "task": setup.experiment.task,
         "zero_shot_accuracy": float(zero_shot.accuracy),
         "test_accuracy": float(final.accuracy),
         "test_loss": float(final.loss),
         "validation_accuracy": rows[-1]["accuracy"],
-        **{name: rows[-1][name] for name in ("round", "num_evaluations", "num_requests", "num_valid")},
-        "num_eval_requests": num_eval_requests + int(zero_shot.num_requests) + int(final.num_requests),
-        "uplink_bytes": rows[-1]["uplink_bytes"],
-        "downlink_bytes": rows[-1]["downlink_bytes"],
+        **counts,
+        "num_eval_requests": len(rows) * int(result.num_requests) + 2 * int(final.num_requests),
         "wall_seconds": time.perf_counter() - started,
         "compile_seconds": compile_seconds,
         "stopped_by": stopped_by,
-        "seed": e.seed,
+        "seed": setup.experiment.seed,
     }
-    first = jax.tree.map(lambda x: x[0], params)
-    shown = task.test.inputs[:NUM_SHOWN]
-    prompts = np.asarray(method.generator.generate(first, jnp.asarray(task.test.features[:NUM_SHOWN])))
-    prompts = np.broadcast_to(prompts, shown.shape)
-    return Outcome(e, task, params, prompts, rows, summary)
+    params = _params(setup, server)
+    return Outcome(setup.experiment, setup.task, params, _shown_prompts(setup, params), rows, summary)
 
 
-def load_classifier(experiment: Experiment, task: Task) -> PromptedClassifier:
-    """Returns the frozen model of an experiment as a differentiable classifier of the task's classes."""
-    return clip_classifier(_load_clip(model_folder(experiment)), task.class_texts, experiment.precision)
+def _play(setup: Setup) -> Iterator[tuple[PyTree, Row]]:
+    """Yields the server's state and the counts so far: before the first round, then after each segment."""
+    server, (down, up) = setup.server, setup.payload
+    counts: Row = {"round": 0, "num_evaluations": 0, "num_requests": 0, "num_valid": 0}
+    yield server, {**counts, "uplink_bytes": 0, "downlink_bytes": 0}
+    for rounds in _segments(setup.experiment):
+        server, info = setup.programs.run_rounds(setup.box, server, setup.clients, setup.key, rounds)
+        counts["round"] += int((rounds >= 0).sum())
+        for name in ("num_evaluations", "num_requests", "num_valid"):
+            counts[name] += int(getattr(info, name).sum())
+        yield server, {**counts, "uplink_bytes": counts["round"] * up, "downlink_bytes": counts["round"] * down}
 
 
-@functools.cache
-def _load_clip(folder: Path):
-    return load_clip(folder)
-
-
-def on_device(examples: Examples) -> Examples:
-    """Returns the examples as device arrays, moved once."""
-    return jax.tree.map(jnp.asarray, examples)
-
-
-def _segments(num_rounds: int, eval_every: int) -> np.ndarray:
+def _segments(e: ResolvedExperiment) -> np.ndarray:
     """Returns round numbers int32 `[segments, eval_every]`; -1 pads the last segment."""
-    length = min(eval_every, num_rounds)
-    rounds = np.arange(-(-num_rounds // length) * length, dtype=np.int32)
-    return np.where(rounds < num_rounds, rounds, -1).reshape(-1, length)
+    length = min(e.eval_every, e.num_rounds)
+    rounds = np.arange(-(-e.num_rounds // length) * length, dtype=np.int32)
+    return np.where(rounds < e.num_rounds, rounds, -1).reshape(-1, length)
+
+
+def _compile(setup: Setup) -> float:
+    """Returns the seconds it took to compile the rounds, by playing a segment of skipped ones."""
+    started = time.perf_counter()
+    skipped = np.full_like(_segments(setup.experiment)[0], -1)
+    jax.block_until_ready(setup.programs.run_rounds(setup.box, setup.server, setup.clients, setup.key, skipped))
+    return time.perf_counter() - started
+
+
+def _evaluate(setup: Setup, server: PyTree, examples: Examples) -> Evaluation:
+    return setup.programs.evaluate(setup.box, _params(setup, server), examples)
+
+
+def _params(setup: Setup, server: PyTree) -> Params:
+    """Returns the parameters to evaluate, `[M, ...]`."""
+    method = setup.programs.method
+    return jax.vmap(method.optimizer.solution)(method.federation.outcomes(server))
+
+
+def _shown_prompts(setup: Setup, params: Params) -> np.ndarray:
+    """Returns the first model's prompts for the first test images, `[NUM_SHOWN, H, W, 3]`."""
+    first = jax.tree.map(lambda x: x[0], params)
+    test = jax.tree.map(lambda x: x[:NUM_SHOWN], setup.task.test)
+    return np.broadcast_to(setup.programs.method.generator.generate(first, test.features), test.inputs.shape)

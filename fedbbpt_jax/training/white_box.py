@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
-import jax.numpy as jnp
 import optax
 from jax import Array
 
 from fedbbpt_jax.types import BlackBox, Examples, Objective, Params, PromptGenerator, Query
 
 
-def tune_white_box(
-    classifier: BlackBox,
-    generator: PromptGenerator,
-    objective: Objective,
-    examples: Examples,
-    key: Array,
-    *,
-    num_steps: int,
-    learning_rate: float,
-) -> Params:
-    """Returns the prompt parameters after `num_steps` of Adam on the exact gradient of all `examples`.
+def compile_white_box(
+    generator: PromptGenerator, objective: Objective, *, num_steps: int, learning_rate: float
+) -> Callable[[BlackBox, Params, Examples], Params]:
+    """Returns a compiled `(classifier, initial params, examples) -> params`: Adam on the exact gradient.
+
+    The classifier must be differentiable, that is, not behind `query_only`.
 
     Args:
-      classifier: differentiable, that is, not behind `query_only`.
       generator: the prompt's form, the same as the black-box method's.
       objective: the loss.
-      examples: pooled training data.
-      key: for the generator's initial parameters.
       num_steps: Adam steps, each on all examples; the step size decays by a cosine.
       learning_rate: of the first step.
     """
@@ -49,4 +42,4 @@ def tune_white_box(
 
         return jax.lax.scan(step, (params, tx.init(params)), length=num_steps)[0][0]
 
-    return tune(classifier, generator.init(key), jax.tree.map(jnp.asarray, examples))
+    return tune
