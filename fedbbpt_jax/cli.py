@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,8 +17,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from fedbbpt_jax.data.tasks import DIGIT_TASKS
-from fedbbpt_jax.errors import FedBBPTError
-from fedbbpt_jax.training.compare import SeedResult, run_variants, run_white_box, variants
+from fedbbpt_jax.errors import FedBBPTError, OutputError
+from fedbbpt_jax.training.compare import run_seeds, variants
 from fedbbpt_jax.training.experiment import (
     ESTIMATORS,
     GENERATORS,
@@ -33,6 +33,12 @@ from fedbbpt_jax.training.report import summary_table, write_accuracy_figure, wr
 from fedbbpt_jax.training.run import Row
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
+_COLUMNS = (
+    TextColumn("seed {task.description}"),
+    BarColumn(20),
+    TextColumn("{task.completed:,.0f} requests, accuracy {task.fields[state]}"),
+    TimeElapsedColumn(),
+)
 
 
 @dataclass(frozen=True)
@@ -112,13 +118,18 @@ def list_command(command: List) -> int:
 
 def run_command(command: Run) -> int:
     """Runs one experiment, several seeds of it, or each of them beside its baselines, into one new folder."""
-    base, seeds = command.experiment, _parse_seeds(command)
-    resolved = prepare(replace(base, seed=seeds[0])).experiment  # bad input ends here, before anything is written
-    folder = command.output_dir or Path("runs") / f"{base.task}-{time.strftime('%Y%m%d-%H%M%S')}"
+    seeds = _parse_seeds(command)
+    experiments = {seed: _experiments(command, seed) for seed in seeds}
+    for experiment in experiments[seeds[0]].values():  # bad input ends here, before anything is written
+        prepare(experiment)
+    folder = command.output_dir or Path("runs") / f"{command.experiment.task}-{time.strftime('%Y%m%d-%H%M%S')}"
+    _check_json_target(command.json, folder)
     create_folder(folder)
-    write_config(folder, resolved, seeds)
+    write_config(folder, resolve(replace(command.experiment, seed=seeds[0])), seeds)
     console = Console(quiet=command.quiet, stderr=True)
-    results = _run_seeds(command, seeds, folder, console)
+    with Progress(*_COLUMNS, console=console) as progress:
+        on_row = _follower(folder, progress, experiments)
+        results, interrupted = run_seeds(experiments, on_row, white_box=command.compare)
     method = next(iter(results[0].outcomes.values()))
     write_prompt(folder, method)
     write_json(folder / "summary.json", summarise(results))
@@ -128,37 +139,39 @@ def run_command(command: Run) -> int:
     console.print(f"results in {folder}")
     if command.json is not None:
         _write_json_to(command.json, summarise(results))
-    return EXIT_INTERRUPTED if any(result.interrupted for result in results) else 0
+    return EXIT_INTERRUPTED if interrupted else 0
 
 
-def _run_seeds(command: Run, seeds: list[int], folder: Path, console: Console) -> list[SeedResult]:
-    """Returns the result of each seed, up to an interrupt; rows go to the folder and to progress bars."""
-    results: list[SeedResult] = []
-    columns = (TextColumn("{task.description}"), BarColumn(30), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        for seed in seeds:
-            base = replace(command.experiment, seed=seed)
-            experiments = variants(base) if command.compare else {"federated": base}
-            bars = {label: _add_bar(progress, label, e) for label, e in experiments.items()}
-
-            def on_row(label: str, row: Row, bars: dict[str, TaskID] = bars) -> None:
-                append_row(folder, label, row)
-                state = f"{row['num_requests']:,} requests · validation accuracy {row['accuracy']:.3f}"
-                progress.start_task(bars[label])
-                progress.update(bars[label], completed=row["num_requests"], state=state)
-
-            outcomes = run_variants(experiments, on_row)
-            complete = len(outcomes) == len(experiments)
-            results.append(SeedResult(outcomes, run_white_box(base) if command.compare and complete else None))
-            if results[-1].interrupted:
-                break
-    return results
+def _experiments(command: Run, seed: int) -> dict[str, Experiment]:
+    """Returns label to experiment for one seed; the first is the method itself."""
+    base = replace(command.experiment, seed=seed)
+    return variants(base) if command.compare else {"federated": base}
 
 
-def _add_bar(progress: Progress, label: str, experiment: Experiment) -> TaskID:
-    e = resolve(experiment)
-    total = e.num_rounds * requests_per_round(e)
-    return progress.add_task(f"seed {e.seed} · {label}", start=False, total=total, state="waiting")
+def _follower(
+    folder: Path, progress: Progress, experiments: dict[int, dict[str, Experiment]]
+) -> Callable[[str, Row], None]:
+    """Returns what takes each row of metrics to the folder and to the bar of its run."""
+    bars: dict[tuple[int, str], TaskID] = {}
+
+    def on_row(label: str, row: Row) -> None:
+        append_row(folder, label, row)
+        place = (row["seed"], label)
+        if place not in bars:
+            e = resolve(experiments[row["seed"]][label])
+            bars[place] = progress.add_task(f"{e.seed} {label}", total=e.num_rounds * requests_per_round(e), state="")
+        progress.update(bars[place], completed=row["num_requests"], state=f"{row['accuracy']:.3f}")
+
+    return on_row
+
+
+def _check_json_target(target: str | None, folder: Path) -> None:
+    """Refuses a file whose folder neither exists nor is the run's, before the run and not after it."""
+    if target in (None, "-"):
+        return
+    parent = Path(target).absolute().parent
+    if not parent.is_dir() and parent != folder.absolute():
+        raise OutputError(f"cannot write to {target}: no such folder")
 
 
 def _parse_seeds(command: Run) -> list[int]:
@@ -171,7 +184,7 @@ def _parse_seeds(command: Run) -> list[int]:
         seeds = list(range(int(first), int(last) + 1)) if dots else [int(s) for s in text.split(",")]
     except ValueError:
         seeds = []
-    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+    if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds must be a range such as 0..4 or a list such as 0,3,7, got {text!r}")
     return seeds
 

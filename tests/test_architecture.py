@@ -48,7 +48,9 @@ def test_no_code_is_loaded_from_data():
         tree = ast.parse(path.read_text())
         modules = {module.split(".")[0] for module in imported_modules(tree)}
         assert not modules & {"pickle", "cloudpickle", "joblib", "dill", "marshal", "shelve", "torch"}, path
-        calls = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+        calls = {
+            node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        }
         assert not calls & {"eval", "exec", "compile"}, path
 
 

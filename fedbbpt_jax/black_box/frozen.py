@@ -80,11 +80,16 @@ class QueryOnly:
 def query_only(classifier: BlackBox) -> BlackBox:
     """Returns `classifier` behind the wall: the same answers, and a `TypeError` for whoever asks for a gradient.
 
+    Args:
+      classifier: a pytree, so that its weights enter `jit` as arguments (a function: by `jax.tree_util.Partial`).
+
     Example:
-      >>> box = query_only(lambda query: Response(query.prompt.sum(), jnp.array(True)))
-      >>> jax.grad(lambda p: box(Query(p, None)).scores)(jnp.ones(3))
-      Traceback (most recent call last):
-      TypeError: a black box answers queries only: it has no gradient
+      >>> box = query_only(jax.tree_util.Partial(lambda query: Response(query.prompt.sum(), jnp.array(True))))
+      >>> try:
+      ...     jax.grad(lambda p: box(Query(p, None)).scores)(jnp.ones(3))
+      ... except TypeError as error:
+      ...     print(error)
+      a black box answers queries only: it has no gradient
     """
     return QueryOnly(classifier)
 

@@ -49,8 +49,8 @@ def dirichlet(labels: np.ndarray, num_clients: int, alpha: float, seed: int, min
       >>> sorted(np.concatenate(parts)) == list(range(160))
       True
     """
-    if not alpha > 0:
-        raise ValueError(f"alpha must be positive, got {alpha}")
+    if not 0 < alpha < float("inf"):
+        raise ValueError(f"alpha must be positive and finite, got {alpha}")
     _check(labels, num_clients)
     rng = np.random.default_rng(seed)
     parts: list[list[int]] = [[] for _ in range(num_clients)]

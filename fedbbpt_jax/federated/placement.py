@@ -17,7 +17,7 @@ RunRounds = Callable[[BlackBox, PyTree, ClientData, Array, Array], tuple[PyTree,
 
 
 def compile_rounds(
-    method: Method, *, cohort_size: int, local_steps: int, batch_size: int, chunk_size: int = 8
+    method: Method, *, cohort_size: int, local_steps: int, batch_size: int, chunk_size: int = 16
 ) -> RunRounds:
     """Returns a compiled `(box, server, clients, key, rounds [R]) -> (server, RoundInfo [R])`.
 

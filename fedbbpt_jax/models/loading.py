@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
+from huggingface_hub.errors import StrictDataclassError
 from jax import Array
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, CLIPConfig
@@ -22,6 +23,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from fedbbpt_jax.errors import CheckpointError
 from fedbbpt_jax.models.clip import CLIP
+from fedbbpt_jax.models.layers import ACTIVATIONS
 
 # Buffers that older checkpoints store beside their parameters.
 IGNORED_TENSORS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
@@ -49,17 +51,21 @@ def load_clip(folder: str | Path) -> PretrainedCLIP:
         unexpected or of another shape (all of them are listed).
     """
     folder = Path(folder)
-    for name in ("config.json", "model.safetensors"):
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} holds no {name}; expected a CLIP checkpoint in the Hugging Face layout")
     try:
         config: Any = CLIPConfig.from_pretrained(folder, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read the configuration in {folder}: {error}") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        message = " ".join(f"{error}".split())
+        raise CheckpointError(f"cannot read the configuration in {folder}: {message}") from error
     if config.model_type != "clip" or not hasattr(config, "vision_config"):
         raise CheckpointError(f"{folder} holds a {config.model_type!r} model; expected 'clip'")
+    for tower in (config.text_config, config.vision_config):
+        if tower.hidden_act not in ACTIVATIONS:
+            raise CheckpointError(f"{folder} asks for hidden_act {tower.hidden_act!r}; known: {', '.join(ACTIVATIONS)}")
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: CLIP(config, rngs=nnx.Rngs(0))))
     params = read_params(folder / "model.safetensors", nnx.to_pure_dict(abstract))
     return PretrainedCLIP(

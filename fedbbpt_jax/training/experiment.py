@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -85,7 +86,7 @@ class Experiment:
     budget: int = 64_000
     eval_every: int = 4
     precision: Literal["highest", "default"] = "highest"
-    chunk_size: int = 8
+    chunk_size: int = 16
     seed: int = 0
 
 
@@ -110,10 +111,10 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
         if getattr(e, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(e, name)}")
     for name in ("cohort", "num_rounds", "perturbation_size", "lr"):
-        if getattr(e, name) is not None and not getattr(e, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(e, name)}")
-    if e.seed < 0:
-        raise ValueError(f"--seed must not be negative, got {e.seed}")
+        if getattr(e, name) is not None and not 0 < getattr(e, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive and finite, got {getattr(e, name)}")
+    if not 0 <= e.seed < 2**32:
+        raise ValueError(f"--seed must be between 0 and 2**32 - 1, got {e.seed}")
     cohort = e.cohort or e.num_clients
     if cohort > e.num_clients:
         raise ValueError(f"--cohort must be at most --num-clients {e.num_clients}, got {cohort}")
@@ -205,6 +206,6 @@ def _parse_partition(partition: str) -> float | None:
         alpha = float(value)
     except ValueError:
         alpha = float("nan")
-    if kind != "dirichlet" or not alpha > 0:
+    if kind != "dirichlet" or not 0 < alpha < math.inf:
         raise ValueError(f"--partition must be iid or dirichlet:ALPHA with ALPHA > 0, got {partition!r}")
     return alpha

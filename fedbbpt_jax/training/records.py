@@ -91,4 +91,7 @@ def write_prompt(folder: Path, outcome: Outcome) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes indented JSON that ends in a newline."""
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    try:
+        path.write_text(json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise OutputError(f"cannot write to {path}: {error.strerror}") from error

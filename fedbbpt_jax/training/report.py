@@ -126,10 +126,11 @@ def summary_table(results: Sequence[SeedResult]) -> Table:
     for label, runs in outcomes.items():
         summary = runs[0].summary
         shares = [recovered_share(run, ceiling) for run, ceiling in zip(runs, ceilings, strict=False)]
+        shares = [share for share in shares if share is not None]
         table.add_row(
             label,
             format_mean([o.summary["test_accuracy"] for o in runs]),
-            *([format_mean(shares)] if ceilings else []),
+            *([format_mean(shares) if shares else "–"] if ceilings else []),
             f"{summary['num_requests']:,}",
             f"{summary['uplink_bytes']:,}",
             f"{np.mean([o.summary['wall_seconds'] for o in runs]):.1f}",

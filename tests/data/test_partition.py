@@ -90,7 +90,6 @@ def test_more_clients_than_examples(split):
         split(np.zeros(3, int), 4, 0)
 
 
-# BUG: an infinite alpha passes the check and ends in a RuntimeWarning of NumPy; the same holds for `dirichlet:inf`.
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
 def test_bad_alpha(alpha):
     with pytest.raises(ValueError, match=f"alpha must be positive.*got {alpha}"):

@@ -16,7 +16,7 @@ def clients():
 
 
 def test_packing_repeats_a_clients_own_rows(clients):
-    assert clients.examples.labels.shape == (3, 9)
+    assert clients.examples.labels.shape == (3, 32)
     assert set(np.asarray(clients.examples.labels[1])) == {5, 6}
     np.testing.assert_array_equal(clients.sizes, [5, 2, 9])
 

@@ -8,6 +8,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def mini():
     inputs = (pixels - clip.mean) / clip.std, *tokenize(clip.tokenizer, list(task.class_texts))
     image_features, text_features, ours = encode(clip, *inputs)
     classifier = clip_classifier(clip, task.class_texts)
-    answer = classifier(Query(jnp.zeros((1, 1, 32, 32, 3)), pixels[None]))
+    answer = jax.jit(lambda box, query: box(query))(classifier, Query(jnp.zeros((1, 1, 32, 32, 3)), pixels[None]))
     return SimpleNamespace(
         clip=clip, inputs=inputs, images=image_features, texts=text_features, scores=ours, answer=answer
     )

@@ -6,7 +6,7 @@ from conftest import linear_box, vector_generator
 
 from fedbbpt_jax.objectives import cross_entropy
 from fedbbpt_jax.training.evaluate import compile_evaluation
-from fedbbpt_jax.training.white_box import tune_white_box
+from fedbbpt_jax.training.white_box import compile_white_box
 from fedbbpt_jax.types import PromptGenerator
 
 BOX = jax.tree_util.Partial(linear_box)
@@ -51,8 +51,8 @@ def test_white_box_finds_the_minimum_that_scipy_finds(vectors, key):
         return np.mean(np.log(np.exp(scores).sum(1)) - scores[np.arange(60), vectors.labels])
 
     best = minimize(loss, np.zeros(4)).fun
-    params = tune_white_box(
-        BOX, vector_generator(4), cross_entropy, vectors, key, num_steps=400, learning_rate=0.1
-    )
+    generator = vector_generator(4)
+    tune = compile_white_box(generator, cross_entropy, num_steps=400, learning_rate=0.1)
+    params = tune(BOX, generator.init(key), vectors)
     assert loss(np.zeros(4)) > best + 0.3
     assert loss(np.asarray(params["shift"], "d")) == pytest.approx(best, abs=1e-3)
