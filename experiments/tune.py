@@ -39,10 +39,10 @@ GRIDS: dict[str, tuple[Experiment, Grid]] = {
     "quarter": (replace(DEFAULT, budget=16_000), {"lr": [0.02, 0.03, 0.05]}),
     "centralised": (BASELINES["centralised"], {"lr": [0.01, 0.02, 0.03, 0.05]}),
     "spsa-gc": (
-        BASELINES["SPSA-GC tuned, dirichlet:0.3"],
+        BASELINES["SPSA-GC tuned"],
         {"perturbation_size": [0.01, 0.05], "lr": [0.001, 0.002, 0.005, 0.01, 0.02]},
     ),
-    "local": (BASELINES["local only, dirichlet:0.3"], {"lr": [0.003, 0.01, 0.03]}),
+    "local": (BASELINES["local only"], {"lr": [0.003, 0.01, 0.03]}),
     "coordinator": (replace(DEFAULT, generator="coordinator"), {"lr": [0.01, 0.03, 0.05]}),
     "loc": (
         replace(DEFAULT, task="loc", partition="iid", budget=200_000, perturbation_size=0.1),

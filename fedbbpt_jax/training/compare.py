@@ -55,7 +55,8 @@ def variants(base: Experiment) -> dict[str, Experiment]:
     """Returns the black-box runs of a comparison by label; all but the quarter budget spend the same requests.
 
     The centralised run averages after every step over an even split of all data: the same directions and examples per
-    step as the federation, as if one party held everything.
+    step as the federation, as if one party held everything. Where no partition is named it is that of `base`, or
+    dirichlet:0.3 where that is iid.
     """
     e = resolve(base)
     skewed = e.partition if e.partition != "iid" else "dirichlet:0.3"
@@ -64,14 +65,14 @@ def variants(base: Experiment) -> dict[str, Experiment]:
     every_step = {"local_steps": 1, "eval_every": e.eval_every * e.local_steps, "num_rounds": None}
     published = {"estimator": "spsa-gc", "lr": None, "perturbation_size": None}
     return {
-        f"federated, {skewed}": federated,
+        "federated": federated,
         "federated, iid": replace(federated, partition="iid"),
-        f"federated, {skewed}, 1/4 budget": replace(federated, budget=e.budget // 4),
+        "federated, 1/4 budget": replace(federated, budget=e.budget // 4),
         "centralised": replace(federated, partition="iid", lr=CENTRALISED_LR, **every_step),
-        f"local only, {skewed}": isolated,
+        "local only": isolated,
         "local only, iid": replace(isolated, partition="iid"),
-        f"SPSA-GC as published, {skewed}": replace(federated, **published),
-        f"SPSA-GC tuned, {skewed}": replace(federated, **published | SPSA_GC_TUNED),
+        "SPSA-GC as published": replace(federated, **published),
+        "SPSA-GC tuned": replace(federated, **published | SPSA_GC_TUNED),
     }
 
 

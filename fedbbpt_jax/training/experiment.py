@@ -84,7 +84,7 @@ class Experiment:
     optimizer: Literal["adam", "sgd"] = "adam"
     lr: float | None = None
     budget: int = 64_000
-    eval_every: int = 4
+    eval_every: int = 8
     precision: Literal["highest", "default"] = "highest"
     chunk_size: int = 16
     seed: int = 0

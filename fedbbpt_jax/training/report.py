@@ -75,7 +75,7 @@ def write_accuracy_figure(path: Path, results: Sequence[SeedResult]) -> None:
             if values:
                 axes.axhline(100 * float(np.mean(values)), color="0.3", linestyle=style, linewidth=1.2, label=label)
         axes.set(xlabel="requests to the black box, thousands (all clients)", ylabel="validation accuracy, %")
-        axes.set(xlim=(0, None), ylim=(0, 100))
+        axes.set(xlim=(0, None), ylim=(None, 100))
         if len(labels) > 1:
             axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
         else:
@@ -113,15 +113,20 @@ def write_prompt_figure(path: Path, outcome: Outcome) -> None:
 
 
 def summary_table(results: Sequence[SeedResult]) -> Table:
-    """Returns one line per run: test accuracy, share of the white-box gain, requests, bytes and seconds."""
+    """Returns one line per run: test accuracy, share of the white-box gain, requests, bytes and seconds.
+
+    Accuracies are means over seeds, with standard errors; requests and bytes are those of one seed.
+    """
     outcomes = {label: [r.outcomes[label] for r in results if label in r.outcomes] for label in results[0].outcomes}
     ceilings = [r.white_box for r in results if r.white_box is not None]
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("")
-    for name in ("test accuracy %", "of white-box gain %", "requests", "uplink bytes", "seconds"):
-        if ceilings or name != "of white-box gain %":
-            table.add_column(name, justify="right")
     first = next(iter(outcomes.values()))
+    e = first[0].experiment
+    title = f"{e.task}: {e.num_clients} clients, {e.partition}, {e.shots} shots per class, seeds {len(results)}"
+    table = Table(title=title, box=None, padding=(0, 2, 0, 0), header_style="bold", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for name in ("test acc. %", "of gain %", "requests", "uplink bytes", "seconds"):
+        if ceilings or name != "of gain %":
+            table.add_column(name, justify="right", no_wrap=True)
     table.add_row("zero-shot", format_mean([o.summary["zero_shot_accuracy"] for o in first]))
     for label, runs in outcomes.items():
         summary = runs[0].summary
