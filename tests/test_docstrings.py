@@ -1,0 +1,35 @@
+"""The examples in docstrings run and print what they say; every public factory has one."""
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+import fedbbpt_jax
+
+MODULES = sorted(m.name for m in pkgutil.walk_packages(fedbbpt_jax.__path__, "fedbbpt_jax."))
+FACTORIES = {
+    "estimators.directions": ["rademacher"],
+    "estimators.spsa": ["spsa", "one_sided_spsa"],
+    "federated.averaging": ["weighted_mean", "isolated"],
+    "optimizers.descent": ["descent"],
+    "prompts.coordinator": ["coordinator"],
+    "prompts.pixels": ["full_overlay", "low_resolution_overlay", "frame"],
+    "data.partition": ["iid", "dirichlet"],
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_run(name):
+    module = importlib.import_module(name)
+    # Examples use the names that their module has, and JAX's by convention.
+    names = {**vars(module), "jax": importlib.import_module("jax"), "jnp": importlib.import_module("jax.numpy")}
+    outcome = doctest.testmod(module, globs=names, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert outcome.failed == 0
+
+
+@pytest.mark.parametrize(("module", "factory"), [(m, f) for m, factories in FACTORIES.items() for f in factories])
+def test_factories_have_an_example(module, factory):
+    found = getattr(importlib.import_module(f"fedbbpt_jax.{module}"), factory)
+    assert doctest.DocTestFinder().find(found)[0].examples
