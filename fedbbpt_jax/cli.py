@@ -29,7 +29,7 @@ from fedbbpt_jax.training.experiment import (
 )
 from fedbbpt_jax.training.prepare import prepare
 from fedbbpt_jax.training.records import append_row, create_folder, summarise, write_config, write_json, write_prompt
-from fedbbpt_jax.training.report import summary_table, write_accuracy_figure, write_prompt_figure
+from fedbbpt_jax.training.report import heading, summary_table, write_accuracy_figure, write_prompt_figure
 from fedbbpt_jax.training.run import Row
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
@@ -135,6 +135,7 @@ def run_command(command: Run) -> int:
     write_json(folder / "summary.json", summarise(results))
     write_accuracy_figure(folder / "accuracy.png", results)
     write_prompt_figure(folder / "prompt.png", method)
+    console.print(heading(results))
     console.print(summary_table(results))
     console.print(f"results in {folder}")
     if command.json is not None:

@@ -112,6 +112,13 @@ def write_prompt_figure(path: Path, outcome: Outcome) -> None:
         _save(figure, path)
 
 
+def heading(results: Sequence[SeedResult]) -> str:
+    """Returns one line that says what was run."""
+    e = next(iter(results[0].outcomes.values())).experiment
+    seeds = ", ".join(str(next(iter(r.outcomes.values())).experiment.seed) for r in results)
+    return f"{e.task}: {e.num_clients} clients, {e.partition}, {e.shots} shots per class, seed {seeds}"
+
+
 def summary_table(results: Sequence[SeedResult]) -> Table:
     """Returns one line per run: test accuracy, share of the white-box gain, requests, bytes and seconds.
 
@@ -120,11 +127,9 @@ def summary_table(results: Sequence[SeedResult]) -> Table:
     outcomes = {label: [r.outcomes[label] for r in results if label in r.outcomes] for label in results[0].outcomes}
     ceilings = [r.white_box for r in results if r.white_box is not None]
     first = next(iter(outcomes.values()))
-    e = first[0].experiment
-    title = f"{e.task}: {e.num_clients} clients, {e.partition}, {e.shots} shots per class, seeds {len(results)}"
-    table = Table(title=title, box=None, padding=(0, 2, 0, 0), header_style="bold", title_justify="left")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("", no_wrap=True)
-    for name in ("test acc. %", "of gain %", "requests", "uplink bytes", "seconds"):
+    for name in ("test acc. %", "of gain %", "requests", "bytes up", "seconds"):
         if ceilings or name != "of gain %":
             table.add_column(name, justify="right", no_wrap=True)
     table.add_row("zero-shot", format_mean([o.summary["zero_shot_accuracy"] for o in first]))
