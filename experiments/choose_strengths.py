@@ -2,9 +2,9 @@
 
     python experiments/choose_strengths.py
 
-The rule: the strength of the grid whose zero-shot accuracy is nearest 0.40. (Before it was fixed, prompts had been tuned
-at 0.70 and 0.75 of the sensor on validation images of seed 0.) Tasks that stay far above it at any strength (cast, clean,
-biased) have no headroom for this model and are kept as controls.
+The rule: the strength of the grid whose zero-shot accuracy is nearest 0.40. (Before it was fixed, prompts had been
+tuned at 0.70 and 0.75 of the sensor on validation images of seed 0.) Tasks that stay far above it at any strength
+(cast, clean, biased) have no headroom for this model and are kept as controls.
 """
 
 from __future__ import annotations
