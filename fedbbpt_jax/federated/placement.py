@@ -51,9 +51,11 @@ def compile_rounds(
             cohort = draw_cohort(cohort_key, clients, cohort_size, local_steps, batch_size)
             return federated_round(method, evaluate, lambda x: x.sum(0), client_key, server, cohort)
 
+        def skip(server: PyTree, index: Array) -> tuple[PyTree, RoundInfo]:
+            _, info = jax.eval_shape(play, server, index)
+            return server, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), info)
+
         def play_or_skip(server: PyTree, index: Array) -> tuple[PyTree, RoundInfo]:
-            _, nothing = jax.eval_shape(play, server, index)
-            skip = lambda server, index: (server, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nothing))  # noqa: E731
             return jax.lax.cond(index >= 0, play, skip, server, index)
 
         return jax.lax.scan(play_or_skip, server, rounds)
