@@ -12,7 +12,7 @@ import jax
 from fedbbpt_jax.data.tasks import load_task
 from fedbbpt_jax.objectives import cross_entropy
 from fedbbpt_jax.training.evaluate import compile_evaluation
-from fedbbpt_jax.training.experiment import Experiment, build_generator, resolve
+from fedbbpt_jax.training.experiment import Experiment, build_generator, requests_per_round, resolve
 from fedbbpt_jax.training.prepare import load_classifier, on_device
 from fedbbpt_jax.training.run import Outcome, Row, run
 from fedbbpt_jax.training.white_box import compile_white_box
@@ -59,15 +59,16 @@ def variants(base: Experiment) -> dict[str, Experiment]:
     dirichlet:0.3 where that is iid.
     """
     e = resolve(base)
+    base = replace(base, budget=e.num_rounds * requests_per_round(e), num_rounds=None)  # what the method spends
     skewed = e.partition if e.partition != "iid" else "dirichlet:0.3"
     federated = replace(base, federation="fedavg", partition=skewed)
     isolated = replace(base, federation="isolated", partition=skewed, lr=LOCAL_LR)
-    every_step = {"local_steps": 1, "eval_every": e.eval_every * e.local_steps, "num_rounds": None}
+    every_step = {"local_steps": 1, "eval_every": e.eval_every * e.local_steps}
     published = {"estimator": "spsa-gc", "lr": None, "perturbation_size": None}
     return {
         "federated": federated,
         "federated, iid": replace(federated, partition="iid"),
-        "federated, 1/4 budget": replace(federated, budget=e.budget // 4),
+        "federated, 1/4 budget": replace(federated, budget=base.budget // 4),
         "centralised": replace(federated, partition="iid", lr=CENTRALISED_LR, **every_step),
         "local only": isolated,
         "local only, iid": replace(isolated, partition="iid"),
