@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from jax import Array
 
 PyTree = Any
@@ -70,6 +71,35 @@ class Examples(NamedTuple):
     inputs: PyTree
     features: Any
     labels: Any
+
+
+class Task(NamedTuple):
+    """Few-shot data of one seed, and the words that name its classes.
+
+    Attributes:
+      name: as in the table of tasks, or of the folder that the data came from.
+      image_size: H = W, pixels.
+      class_names: N short names, in the order of the labels.
+      templates: texts with one `{}` each, where a class name goes.
+      train: the shots, to be split among clients.
+      validation: for choices; disjoint from `train`.
+      test: for one report at the end; the same for every seed.
+      clean_test_inputs: the test images `[n, H, W, 3]` without the shift, where one was applied; for pictures only.
+    """
+
+    name: str
+    image_size: int
+    class_names: tuple[str, ...]
+    templates: tuple[str, ...]
+    train: Examples
+    validation: Examples
+    test: Examples
+    clean_test_inputs: np.ndarray | None = None
+
+    @property
+    def feature_size(self) -> int:
+        """F, the width of what a prompt generator sees of an input."""
+        return self.train.features.shape[-1]
 
 
 class Cohort(NamedTuple):

@@ -1,140 +1,67 @@
-"""The tasks: what is learnt, from which data. A plain table; adding a task is adding a row."""
+"""All tasks by name: digits that ship with the package, images that are downloaded or lie in a folder."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Sequence
 
-import numpy as np
-
-from fedbbpt_jax.data import shifts
-from fedbbpt_jax.data.digits import CANVAS, DIGIT_WORDS, Scans, paint, split_scans
-from fedbbpt_jax.data.images import grid_means
+from fedbbpt_jax.data.digit_tasks import DIGIT_TASKS, load_digit_task
+from fedbbpt_jax.data.image_tasks import IMAGE_TASKS, check_templates, load_image_task, name_of
+from fedbbpt_jax.data.images import Transform
 from fedbbpt_jax.errors import TaskError
-from fedbbpt_jax.types import Examples
+from fedbbpt_jax.types import Task
 
 
-class Task(NamedTuple):
-    """Few-shot data of one seed, and the texts that name its classes.
-
-    Attributes:
-      name: as in the table.
-      image_size: H = W, pixels.
-      class_texts: N texts for zero-shot classification.
-      train: the shots, to be split among clients.
-      validation: for choices; disjoint from `train`.
-      test: for one report at the end.
-      clean_test_inputs: the test images without the shift, `[n, H, W, 3]`, for pictures only.
-    """
-
-    name: str
-    image_size: int
-    class_texts: tuple[str, ...]
-    train: Examples
-    validation: Examples
-    test: Examples
-    clean_test_inputs: np.ndarray
-
-    @property
-    def feature_size(self) -> int:
-        """F, the width of what a prompt generator sees of an input."""
-        return self.train.features.shape[-1]
+def descriptions() -> dict[str, str]:
+    """Returns a line for each task: digits first, then images."""
+    return {name: task.description for name, task in (*DIGIT_TASKS.items(), *IMAGE_TASKS.items())}
 
 
-Shift = Callable[[np.ndarray, Scans, Scans, np.random.Generator, bool], np.ndarray]
-"""`(clean images, their scans, all scans of the part, rng, whether this is the test part) -> images`."""
-
-
-class DigitTask(NamedTuple):
-    """A row of the table: one line of description, and the shift."""
-
-    description: str
-    shift: Shift
-
-
-# Strengths were chosen on validation images (experiments/choose_strengths.py), for headroom between zero-shot and a
-# white-box prompt.
-DIGIT_TASKS: dict[str, DigitTask] = {
-    "clean": DigitTask("digits as they are", lambda x, own, part, rng, test: x),
-    "sensor": DigitTask(
-        "a faulty sensor: fixed column and row offsets per channel, vignetting (the default)",
-        lambda x, own, part, rng, test: shifts.mix(x, shifts.sensor_pattern(), 0.72),
-    ),
-    "blocks": DigitTask(
-        "a fixed pattern of coloured blocks, rotated",
-        lambda x, own, part, rng, test: shifts.mix(x, shifts.block_pattern(), 0.55),
-    ),
-    "fixed-pattern": DigitTask(
-        "fixed gain and offset per pixel, with read noise",
-        lambda x, own, part, rng, test: shifts.fixed_pattern_noise(x, rng, 0.50),
-    ),
-    "dark": DigitTask("underexposed, 8-bit", lambda x, own, part, rng, test: shifts.dark(x, 0.06)),
-    "cast": DigitTask("a strong warm light", lambda x, own, part, rng, test: shifts.colour_cast(x, 0.7)),
-    "loc": DigitTask(
-        "a small digit in the corner is the label, a larger one distracts",
-        lambda x, own, part, rng, test: shifts.distractor(x, part, rng),
-    ),
-    "biased": DigitTask(
-        "the background's colour names the label in training, another at test",
-        lambda x, own, part, rng, test: shifts.tied_background(x, own.classes, rng, test),
-    ),
-}
-
-
-def load_task(name: str, *, shots: int = 16, seed: int = 0) -> Task:
+def load_task(
+    name: str,
+    *,
+    data: str | None = None,
+    revision: str | None = None,
+    transform: Transform | None = None,
+    templates: Sequence[str] = (),
+    shots: int = 16,
+    seed: int = 0,
+    test_limit: int | None = None,
+) -> Task:
     """Returns the task `name` with `shots` training examples per class drawn by `seed`.
 
-    Test scans, and how they are painted, are the same for every seed. Validation takes the rest of the pool, up to 24
-    scans per class.
+    Args:
+      name: one of `descriptions()`; empty for a task that is named after its `data`.
+      data: for images: a folder, or the id of a data set of the Hugging Face hub, instead of the table's.
+      revision: for images of the hub: a branch, tag or commit.
+      transform: for images: to uint8 `[S, S, 3]`; CLIP's crop of 224 pixels if left out. Digits are painted at their
+        own size, whatever it is.
+      templates: texts with one `{}` each, instead of the task's own.
+      shots: training examples per class.
+      seed: draws training and validation examples; the test part is the same for all.
+      test_limit: for images: at most so many test examples.
 
     Raises:
-      TaskError: the name is unknown, or the shots are not between 1 and what the pool holds.
+      TaskError: the name is unknown, the data cannot be read, or they do not give what was asked for.
     """
-    if name not in DIGIT_TASKS:
-        nearest = difflib.get_close_matches(name, DIGIT_TASKS, n=1, cutoff=0.0)[0]
+    if name in DIGIT_TASKS:
+        unfit = {"data": data, "revision": revision, "test_limit": test_limit}
+        for option, value in unfit.items():
+            if value is not None:
+                raise TaskError(f"task {name!r} is made of digits that ship with the package: it takes no {option}")
+        task = load_digit_task(name, shots=shots, seed=seed)
+        return task._replace(templates=check_templates(templates)) if templates else task
+    if name not in IMAGE_TASKS and (data is None or name not in ("", name_of(data))):
+        known = descriptions()
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
         raise TaskError(f"unknown task {name!r}; did you mean {nearest!r}? (`fedbbpt list tasks` shows all)")
-    shift = DIGIT_TASKS[name].shift
-    scans = split_scans()
-    train, validation = _draw_shots(scans.pool, shots, seed)
-    test = Scans(*(np.concatenate([part] * 2) for part in scans.test))
-    rng, test_rng = np.random.default_rng((seed, 1)), np.random.default_rng(0)
-
-    def examples(part: Scans, whole: Scans, rng: np.random.Generator, is_test: bool) -> tuple[Examples, np.ndarray]:
-        clean = _paint_clean(part, rng)
-        images = shift(clean, part, whole, rng, is_test)
-        return Examples(images, grid_means(images), part.classes), clean
-
-    test_examples, clean = examples(test, scans.test, test_rng, True)
-    return Task(
+    return load_image_task(
         name,
-        CANVAS,
-        tuple(f"the digit {word}" for word in DIGIT_WORDS),
-        examples(train, scans.pool, rng, False)[0],
-        examples(validation, scans.pool, rng, False)[0],
-        test_examples,
-        clean,
+        data=data,
+        revision=revision,
+        transform=transform,
+        templates=templates,
+        shots=shots,
+        seed=seed,
+        test_limit=test_limit,
     )
-
-
-def _draw_shots(pool: Scans, shots: int, seed: int, max_validation: int = 24) -> tuple[Scans, Scans]:
-    fewest = int(np.bincount(pool.classes).min())
-    if not 1 <= shots < fewest:
-        raise TaskError(
-            f"shots must be between 1 and {fewest - 1} per class (some are kept for validation), got {shots}"
-        )
-    rng = np.random.default_rng((seed, 0))
-    rows = [rng.permutation(np.flatnonzero(pool.classes == label)) for label in np.unique(pool.classes)]
-    train = np.concatenate([r[:shots] for r in rows])
-    validation = np.concatenate([r[shots : shots + max_validation] for r in rows])
-    return pool.take(train), pool.take(validation)
-
-
-def _paint_clean(scans: Scans, rng: np.random.Generator) -> np.ndarray:
-    """Returns light digits on a dark ground, of slightly varied size, place and brightness, `[n, H, W, 3]`."""
-    n = len(scans.classes)
-    size = rng.uniform(24, 30, n)
-    top, left = ((CANVAS - size) / 2 + rng.uniform(-2, 2, n) for _ in range(2))
-    ground = np.broadcast_to(rng.uniform(0, 0.1, (n, 1, 1, 1)), (n, CANVAS, CANVAS, 3)).astype(np.float32)
-    colour = np.repeat(rng.uniform(0.85, 1.0, (n, 1)), 3, axis=1)
-    return paint(ground, scans.glyphs, size, top, left, colour)
