@@ -26,14 +26,14 @@ import numpy as np
 import optax
 import tyro
 from flax import nnx
-from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import CLIPConfig, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from fedbbpt_jax.data.digits import CANVAS, COLOURS, DIGIT_WORDS, PALETTE, Scans, paint, split_scans
-from fedbbpt_jax.models.clip import CLIP, tokenize
-from fedbbpt_jax.models.loading import load_clip, num_params, stored_tensors
+from fedbbpt_jax.models.checkpoint import num_params, write_model
+from fedbbpt_jax.models.clip import CLIP, CLIP_DIALECT
+from fedbbpt_jax.models.loading import load_clip, tokenize
 
 MEAN, STD, TEXT_LENGTH = 0.5, 0.3, 12
 COLOUR_WORDS = tuple(PALETTE)
@@ -264,10 +264,8 @@ def main(options: Pretraining) -> None:
     params = train(options, graphdef, params, tokenizer)
     minutes = (time.time() - start) / 60
 
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    save_file(stored_tensors(params, "float16"), options.output_dir / "model.safetensors", metadata={"format": "pt"})
     config.architectures = ["CLIPModel"]
-    config.save_pretrained(options.output_dir)
+    write_model(options.output_dir, params, config, CLIP_DIALECT, "float16")
     tokenizer.save_pretrained(options.output_dir)
     side = {"height": CANVAS, "width": CANVAS}
     CLIPImageProcessorPil(

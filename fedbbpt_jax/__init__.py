@@ -4,16 +4,17 @@ An optimizer asks (candidate parameters), something else evaluates them (prompts
 losses. A federated round is a pipeline of pure stages with one hole, the evaluation. See the README.
 """
 
-from fedbbpt_jax.black_box.frozen import clip_classifier, query_only
+from fedbbpt_jax.black_box.frozen import clip_classifier, masked_lm_classifier, query_only
 from fedbbpt_jax.data.partition import dirichlet, iid
-from fedbbpt_jax.data.tasks import Task, load_task
+from fedbbpt_jax.data.tasks import load_task
 from fedbbpt_jax.estimators.directions import Directions, rademacher, segmented_uniform
 from fedbbpt_jax.estimators.spsa import one_sided_spsa, spsa
 from fedbbpt_jax.federated.averaging import isolated, weighted_mean
 from fedbbpt_jax.federated.cohort import ClientData, draw_cohort, pack
 from fedbbpt_jax.federated.placement import compile_rounds
 from fedbbpt_jax.federated.round import RoundInfo, federated_round
-from fedbbpt_jax.models.loading import load_clip
+from fedbbpt_jax.models.features import vit_features
+from fedbbpt_jax.models.loading import load_bert, load_clip, load_roberta, load_vit
 from fedbbpt_jax.objectives import cross_entropy
 from fedbbpt_jax.optimizers.descent import descent, spsa_gc_perturbation_size, spsa_gc_transformation
 from fedbbpt_jax.pretrained import MINI_CLIP
@@ -36,4 +37,5 @@ from fedbbpt_jax.types import (
     PromptGenerator,
     Query,
     Response,
+    Task,
 )

@@ -1,7 +1,9 @@
-"""A frozen classifier of prompted images, and the wall that makes it query-only.
+"""Frozen classifiers of prompted inputs, and the wall that makes them query-only.
 
-The wall is what code can be held to, not a hard boundary: in-process Python cannot hide memory. What it does guarantee
-is that no method differentiates through the model, by accident or by design.
+The wall is what code can be held to, not a hard boundary: in-process Python cannot hide memory, and whoever takes the
+box apart as a pytree finds the weights, which `jit` needs as arguments. What it does guarantee is that nothing public
+gives them away and that no method differentiates through the model, by accident or by design. The hard boundary is a
+served box in another process.
 """
 
 from __future__ import annotations
@@ -9,21 +11,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, traverse_util
 
-from fedbbpt_jax.models.clip import ImageClassifier, tokenize
-from fedbbpt_jax.models.loading import PretrainedCLIP
+from fedbbpt_jax.models.classifiers import ImageClassifier, VerbalizedClassifier, class_features, label_word_ids
+from fedbbpt_jax.models.loading import PretrainedCLIP, PretrainedText
 from fedbbpt_jax.types import BlackBox, Query, Response
+
+Precision = Literal["highest", "default", "bfloat16"]
+"""Of matrix products: exact float32; the backend's own choice (tf32 or bfloat16 passes on accelerators); or a bfloat16
+trunk that accumulates in float32. Heads, and everything between two products, stay in float32."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("params",), meta_fields=("graphdef", "precision"))
 @dataclass(frozen=True, repr=False)
 class PromptedClassifier:
-    """A frozen network that classifies images with a prompt added to their pixels and the sum clipped to [0, 1].
+    """A frozen classifier (`models/classifiers.py`) as a function of queries.
 
     A pytree whose leaves are the weights. It can be differentiated, which only white-box baselines may do; methods get
     `query_only` of it.
@@ -31,31 +37,82 @@ class PromptedClassifier:
 
     graphdef: nnx.GraphDef
     params: Any
-    precision: str
+    precision: Precision
 
     def __call__(self, query: Query, /) -> Response:
-        """Returns scores of pixels `[C, B, H, W, 3]` under prompts `[C, K, H, W, 3]` or `[C, K, B, H, W, 3]`."""
-        prompt = query.prompt if query.prompt.ndim == 6 else query.prompt[:, :, None]  # [C, K, B or 1, H, W, 3]
-        pixels = jnp.clip(query.inputs[:, None] + prompt, 0.0, 1.0)  # [C, K, B, H, W, 3]
-        with jax.default_matmul_precision(self.precision):
-            model = nnx.merge(self.graphdef, self.params)
-            scores = model(pixels.reshape(-1, *pixels.shape[3:]))  # [C*K*B, N]
-        scores = scores.reshape(*pixels.shape[:3], -1)
+        """Returns scores of inputs `[C, B, ...]` under prompts `[C, K, ...]` or `[C, K, B, ...]`."""
+        model: Any = nnx.merge(self.graphdef, self.params)
+        num_clients, num_candidates = query.prompt.shape[:2]
+        batch = jax.tree.leaves(query.inputs)[0].shape[1]
+        axes = num_clients, num_candidates, batch
+        prompts = query.prompt if query.prompt.ndim == 3 + model.prompt_rank(query.prompt) else query.prompt[:, :, None]
+
+        def flat(x):  # [C, K, B, ...] -> [C*K*B, ...]
+            return jnp.broadcast_to(x, (*axes, *x.shape[3:])).reshape(-1, *x.shape[3:])
+
+        inputs = jax.tree.map(lambda x: flat(jnp.asarray(x)[:, None]), query.inputs)
+        with jax.default_matmul_precision("highest" if self.precision == "highest" else "default"):
+            scores = model(flat(prompts), inputs).reshape(*axes, -1)
         return Response(scores, jnp.isfinite(scores).all(-1))
 
 
-def clip_classifier(clip: PretrainedCLIP, class_texts: Sequence[str], precision: str = "highest") -> PromptedClassifier:
-    """Returns the zero-shot classifier among `class_texts`, whose features are computed here, once.
+def clip_classifier(
+    clip: PretrainedCLIP,
+    class_names: Sequence[str],
+    templates: Sequence[str] = ("{}",),
+    precision: Precision = "highest",
+) -> PromptedClassifier:
+    """Returns the zero-shot classifier of images among `class_names`, whose features are computed here, once.
+
+    Its queries hold prompts `[C, K, H, W, 3]` or `[C, K, B, H, W, 3]` in pixel units, which are added to the images
+    `[C, B, H, W, 3]` (float in [0, 1], or uint8); the sum is clipped to [0, 1].
 
     Args:
       clip: a loaded CLIP; only its image tower is kept.
-      class_texts: N texts, such as "the digit seven".
-      precision: of matrix products: "highest", or "default", which lets accelerators round to tf32 or bfloat16.
+      class_names: N names, such as "seven".
+      templates: such as ("the digit {}",); the features of several are averaged.
+      precision: of the frozen trunk.
+
+    Raises:
+      ValueError: a template has not exactly one `{}`, or a text is longer than the model's positions.
     """
     model = nnx.merge(clip.graphdef, clip.params)
-    class_features = model.encode_text(*tokenize(clip.tokenizer, list(class_texts)))
-    graphdef, state = nnx.split(ImageClassifier(model, class_features, clip.mean, clip.std))
-    return PromptedClassifier(graphdef, nnx.to_pure_dict(state), precision)
+    with jax.default_matmul_precision("highest"):
+        features = class_features(model, clip.tokenizer, class_names, templates)
+    return frozen(ImageClassifier(model, features, clip.pixels), precision)
+
+
+def masked_lm_classifier(
+    model: PretrainedText, label_words: Sequence[str], precision: Precision = "highest"
+) -> PromptedClassifier:
+    """Returns the classifier of texts by which of `label_words` a masked language model puts at the mask.
+
+    Its queries hold prompts as token ids `[C, K, P]` or word embeddings `[C, K, P, E]`, and `MaskedText` inputs
+    `[C, B, T]`; the prompt stands behind the first token.
+
+    Args:
+      model: a loaded RoBERTa.
+      label_words: N words, each one token, with the space before them, such as (" terrible", " great").
+      precision: of the frozen trunk.
+
+    Raises:
+      ValueError: a label word is not one token, or two are the same.
+    """
+    word_ids = label_word_ids(model.tokenizer, label_words)
+    masked_lm: Any = nnx.merge(model.graphdef, model.params)
+    return frozen(VerbalizedClassifier(masked_lm, word_ids, model.tokenizer.mask_token_id), precision)
+
+
+def frozen(classifier: nnx.Module, precision: Precision = "highest") -> PromptedClassifier:
+    """Returns a classifier (`models/classifiers.py`) as a function of queries, its trunk at `precision`."""
+    graphdef, state = nnx.split(classifier)
+    params = nnx.to_pure_dict(state)
+    if precision == "bfloat16":
+        flat = traverse_util.flatten_dict(params)
+        params = traverse_util.unflatten_dict(
+            {p: x.astype(jnp.bfloat16) if p[0] == "trunk" and p[-1] == "kernel" else x for p, x in flat.items()}
+        )
+    return PromptedClassifier(graphdef, params, precision)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("_inner",), meta_fields=())

@@ -6,17 +6,25 @@ Module and attribute names are those of Hugging Face CLIP checkpoints, its `pre_
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 
-from fedbbpt_jax.models.layers import Encoder, PatchEmbedding, causal_mask
+from fedbbpt_jax.models.checkpoint import Dialect
+from fedbbpt_jax.models.layers import (
+    Config,
+    Encoder,
+    PatchEmbedding,
+    PreNormBlock,
+    behind_first,
+    causal_mask,
+    layer_norm,
+    linear,
+    unit,
+)
 
-Config = Any
-"""A CLIP configuration of transformers, or the part of one tower; its class fills every field."""
+# Older checkpoints store positions as buffers.
+CLIP_DIALECT = Dialect(ignored=("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"))
 
 
 class TextEmbeddings(nnx.Module):
@@ -26,9 +34,16 @@ class TextEmbeddings(nnx.Module):
         self.token_embedding = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)
         self.position_embedding = nnx.Embed(config.max_position_embeddings, config.hidden_size, rngs=rngs)
 
-    def __call__(self, ids: Array) -> Array:
-        """Returns `[B, T, E]` of ids `[B, T]`."""
-        return self.token_embedding(ids) + self.position_embedding(jnp.arange(ids.shape[-1]))
+    def __call__(self, ids: Array, context: Array | None = None) -> Array:
+        """Returns `[B, P + T, E]` of ids `[B, T]`, with context `[P, E]` or `[B, P, E]` behind the first token."""
+        tokens = self.token_embedding(ids)
+        if context is not None:
+            context = jnp.broadcast_to(context, (len(ids), *context.shape[-2:]))
+            tokens = behind_first(tokens, context)
+        longest = self.position_embedding.num_embeddings
+        if tokens.shape[1] > longest:
+            raise ValueError(f"{tokens.shape[1]} tokens, context included, exceed the model's {longest} positions")
+        return tokens + self.position_embedding(jnp.arange(tokens.shape[1]))
 
 
 class TextTower(nnx.Module):
@@ -37,16 +52,29 @@ class TextTower(nnx.Module):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         self.eos_token_id = config.eos_token_id
         self.embeddings = TextEmbeddings(config, rngs=rngs)
-        self.encoder = _encoder(config, rngs)
-        self.final_layer_norm = nnx.LayerNorm(config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs)
+        self.encoder = Encoder(PreNormBlock, config, rngs=rngs)
+        self.final_layer_norm = layer_norm(config.hidden_size, config.layer_norm_eps, rngs=rngs)
 
-    def __call__(self, ids: Array, attended: Array) -> Array:
-        """Returns pooled text states `[B, E]` of `ids` int32 `[B, T]`; `attended` bool `[B, T]` hides padding."""
-        mask = causal_mask(ids.shape[-1]) & attended[:, None, None, :]
-        tokens = self.final_layer_norm(self.encoder(self.embeddings(ids), mask))
+    def __call__(self, ids: Array, attended: Array, context: Array | None = None) -> Array:
+        """Returns pooled text states `[B, E]`.
+
+        Args:
+          ids: int32 `[B, T]`.
+          attended: bool `[B, T]`, False hides padding.
+          context: embeddings `[P, E]` or `[B, P, E]` that stand behind the first token, as in Zhou et al., 2022,
+            "Learning to Prompt for Vision-Language Models" (CoOp); none if left out (P = 0).
+
+        Raises:
+          ValueError: context and text are longer than the model's positions.
+        """
+        states = self.embeddings(ids, context)
+        num_context = states.shape[1] - ids.shape[1]
+        attended = behind_first(attended, jnp.ones((len(ids), num_context), bool))
         # Configurations that say eos_token_id = 2 carry a historical error: there the end of text is the largest id.
         ends = ids if self.eos_token_id == 2 else ids == self.eos_token_id
-        return tokens[jnp.arange(len(ids)), jnp.argmax(ends, axis=-1)]
+        mask = causal_mask(states.shape[1]) & attended[:, None, None, :]
+        tokens = self.final_layer_norm(self.encoder(states, mask))
+        return tokens[jnp.arange(len(ids)), jnp.argmax(ends, axis=-1) + num_context]
 
 
 class VisionEmbeddings(nnx.Module):
@@ -72,9 +100,9 @@ class VisionTower(nnx.Module):
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         width, eps = config.hidden_size, config.layer_norm_eps
         self.embeddings = VisionEmbeddings(config, rngs=rngs)
-        self.pre_layrnorm = nnx.LayerNorm(width, epsilon=eps, rngs=rngs)
-        self.encoder = _encoder(config, rngs)
-        self.post_layernorm = nnx.LayerNorm(width, epsilon=eps, rngs=rngs)
+        self.pre_layrnorm = layer_norm(width, eps, rngs=rngs)
+        self.encoder = Encoder(PreNormBlock, config, rngs=rngs)
+        self.post_layernorm = layer_norm(width, eps, rngs=rngs)
 
     def __call__(self, images: Array) -> Array:
         """Returns pooled image states `[B, E]` of normalised images `[B, H, W, 3]`."""
@@ -89,59 +117,18 @@ class CLIP(nnx.Module):
         text, vision = config.text_config, config.vision_config
         self.text_model = TextTower(text, rngs=rngs)
         self.vision_model = VisionTower(vision, rngs=rngs)
-        self.text_projection = nnx.Linear(text.hidden_size, config.projection_dim, use_bias=False, rngs=rngs)
-        self.visual_projection = nnx.Linear(vision.hidden_size, config.projection_dim, use_bias=False, rngs=rngs)
+        self.text_projection = linear(text.hidden_size, config.projection_dim, use_bias=False, rngs=rngs)
+        self.visual_projection = linear(vision.hidden_size, config.projection_dim, use_bias=False, rngs=rngs)
         self.logit_scale = nnx.Param(jnp.asarray(config.logit_scale_init_value, jnp.float32))
 
-    def encode_text(self, ids: Array, attended: Array) -> Array:
-        """Returns unit text features `[B, E]`, float32."""
-        return _unit(self.text_projection(self.text_model(ids, attended)))
+    def encode_text(self, ids: Array, attended: Array, context: Array | None = None) -> Array:
+        """Returns unit text features `[B, E]`, float32; arguments as for `TextTower`."""
+        return unit(self.text_projection(self.text_model(ids, attended, context)))
 
     def encode_image(self, images: Array) -> Array:
         """Returns unit image features `[B, E]`, float32, of normalised images `[B, H, W, 3]`."""
-        return _unit(self.visual_projection(self.vision_model(images)))
+        return unit(self.visual_projection(self.vision_model(images)))
 
     def scores(self, image_features: Array, text_features: Array) -> Array:
         """Returns exp(logit_scale)·cosine, float32 `[B, N]`."""
         return jnp.exp(self.logit_scale[...]) * image_features @ text_features.T
-
-
-class ImageClassifier(nnx.Module):
-    """The image tower of a CLIP, scoring pixels against fixed class features; the text tower is left behind."""
-
-    def __init__(self, clip: CLIP, class_features: Array, mean: np.ndarray, std: np.ndarray):
-        self.vision_model = clip.vision_model
-        self.visual_projection = clip.visual_projection
-        self.logit_scale = clip.logit_scale
-        self.class_features = nnx.Variable(class_features)
-        self.mean = nnx.Variable(jnp.asarray(mean))
-        self.std = nnx.Variable(jnp.asarray(std))
-
-    def __call__(self, pixels: Array) -> Array:
-        """Returns class scores, float32 `[B, N]`, of pixels in [0, 1] `[B, H, W, 3]`."""
-        images = (pixels - self.mean[...]) / self.std[...]
-        features = _unit(self.visual_projection(self.vision_model(images)))
-        return jnp.exp(self.logit_scale[...]) * features @ self.class_features[...].T
-
-
-def tokenize(tokenizer, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns int32 ids and a bool mask, both `[B, T]`, padded to the longest text."""
-    encoded = tokenizer(texts, padding=True, return_tensors="np")
-    return encoded["input_ids"].astype(np.int32), encoded["attention_mask"].astype(bool)
-
-
-def _encoder(config: Config, rngs: nnx.Rngs) -> Encoder:
-    return Encoder(
-        config.num_hidden_layers,
-        config.hidden_size,
-        config.num_attention_heads,
-        config.intermediate_size,
-        config.hidden_act,
-        config.layer_norm_eps,
-        rngs=rngs,
-    )
-
-
-def _unit(x: Array) -> Array:
-    x = x.astype(jnp.float32)
-    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)

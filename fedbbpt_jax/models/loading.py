@@ -1,139 +1,153 @@
-"""Checkpoints in the Hugging Face layout, read into and written from Flax parameters.
-
-The one rule: a parameter path joined by dots is the tensor's name, with `kernel`, `scale` and `embedding` spelt
-`weight`; a linear kernel `[in, out]` is stored as `[out, in]` and a patch kernel `[p, p, in, out]` as
-`[out, in, p, p]`.
-"""
+"""Pre-trained networks by hub id or folder: structure, weights, and what turns text and pixels into their inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx, traverse_util
-from huggingface_hub.errors import StrictDataclassError
-from jax import Array
-from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, CLIPConfig
+from flax import nnx
+from PIL.Image import Image
+from transformers import AutoTokenizer, BertConfig, CLIPConfig, RobertaConfig, ViTConfig, ViTMAEConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from fedbbpt_jax.errors import CheckpointError
-from fedbbpt_jax.models.clip import CLIP
-from fedbbpt_jax.models.layers import ACTIVATIONS
+from fedbbpt_jax.models.bert import BERT_DIALECT, BertEncoder
+from fedbbpt_jax.models.checkpoint import CONFIG_ERRORS, find_checkpoint, read_config, read_model, unreadable
+from fedbbpt_jax.models.clip import CLIP, CLIP_DIALECT
+from fedbbpt_jax.models.roberta import ROBERTA_DIALECT, ROBERTA_UNTIED_DIALECT, RobertaForMaskedLM
+from fedbbpt_jax.models.vit_mae import VIT_DIALECT, ViTEncoder
 
-# Buffers that older checkpoints store beside their parameters.
-IGNORED_TENSORS = ("text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
 
+class PixelFormat(NamedTuple):
+    """What images a network was trained on.
 
-class PretrainedCLIP(NamedTuple):
-    """A CLIP split into structure and weights, with what turns text and pixels into its inputs."""
+    Attributes:
+      size: H = W, pixels.
+      mean: of its training images, in [0, 1], float32 `[3]`.
+      std: likewise.
+    """
 
-    graphdef: nnx.GraphDef
-    params: dict[str, Any]
-    tokenizer: Any
-    image_size: int
+    size: int
     mean: np.ndarray
     std: np.ndarray
 
 
-def load_clip(folder: str | Path) -> PretrainedCLIP:
-    """Returns the CLIP stored in `folder`, its weights in float32.
+class PretrainedCLIP(NamedTuple):
+    """A CLIP, its tokenizer, its pixels, and the transform of a picture of any size to uint8 `[H, W, 3]`."""
+
+    graphdef: nnx.GraphDef
+    params: dict[str, Any]
+    tokenizer: Any
+    pixels: PixelFormat
+    transform: Callable[[Image], np.ndarray]
+
+
+class PretrainedViT(NamedTuple):
+    """A vision transformer and its pixels."""
+
+    graphdef: nnx.GraphDef
+    params: dict[str, Any]
+    pixels: PixelFormat
+
+
+class PretrainedText(NamedTuple):
+    """A network of texts and its tokenizer."""
+
+    graphdef: nnx.GraphDef
+    params: dict[str, Any]
+    tokenizer: Any
+
+
+def load_clip(source: str | Path, revision: str | None = None) -> PretrainedCLIP:
+    """Returns a CLIP, its weights in float32.
 
     Args:
-      folder: holds `config.json`, `model.safetensors`, `tokenizer.json` and `preprocessor_config.json`.
+      source: a folder in the Hugging Face layout, or a hub id such as "openai/clip-vit-base-patch16".
+      revision: branch, tag or commit of the hub.
 
     Raises:
-      CheckpointError: the folder or one of its files is missing or unreadable, it is no CLIP, or tensors are missing,
-        unexpected or of another shape (all of them are listed).
+      CheckpointError: nothing is found, a file is missing or unreadable, it is another kind of model, or tensors are
+        missing, unexpected or of another shape (all of them are listed).
     """
-    folder = Path(folder)
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} holds no {name}; expected a CLIP checkpoint in the Hugging Face layout")
+    folder = find_checkpoint(source, revision)
+    config = read_config(folder, {"clip": CLIPConfig})
+    tokenizer, size = _tokenizer(folder), config.vision_config.image_size
+    mean, std = _mean_and_std(folder)
     try:
-        config: Any = CLIPConfig.from_pretrained(folder, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        message = " ".join(f"{error}".split())
-        raise CheckpointError(f"cannot read the configuration in {folder}: {message}") from error
-    if config.model_type != "clip" or not hasattr(config, "vision_config"):
-        raise CheckpointError(f"{folder} holds a {config.model_type!r} model; expected 'clip'")
-    for tower in (config.text_config, config.vision_config):
-        if tower.hidden_act not in ACTIVATIONS:
-            raise CheckpointError(f"{folder} asks for hidden_act {tower.hidden_act!r}; known: {', '.join(ACTIVATIONS)}")
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: CLIP(config, rngs=nnx.Rngs(0))))
-    params = read_params(folder / "model.safetensors", nnx.to_pure_dict(abstract))
-    return PretrainedCLIP(
-        graphdef,
-        params,
-        tokenizer,
-        config.vision_config.image_size,
-        np.asarray(processor.image_mean, np.float32),
-        np.asarray(processor.image_std, np.float32),
+        processor: Any = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
+    except CONFIG_ERRORS as error:
+        raise unreadable(folder, error) from error
+
+    def transform(image: Image) -> np.ndarray:
+        pixels = processor(image.convert("RGB"), do_rescale=False, do_normalize=False, return_tensors="np")
+        return pixels["pixel_values"][0].transpose(1, 2, 0)
+
+    graphdef, params = read_model(folder, CLIP, config, CLIP_DIALECT)
+    return PretrainedCLIP(graphdef, params, tokenizer, PixelFormat(size, mean, std), transform)
+
+
+def load_vit(source: str | Path, revision: str | None = None) -> PretrainedViT:
+    """Returns the encoder of a ViT-MAE, ViT or DINO checkpoint; arguments and errors as for `load_clip`."""
+    folder = find_checkpoint(source, revision)
+    config = read_config(folder, {"vit_mae": ViTMAEConfig, "vit": ViTConfig})
+    pixels = PixelFormat(config.image_size, *_mean_and_std(folder))
+    return PretrainedViT(*read_model(folder, ViTEncoder, config, VIT_DIALECT), pixels)
+
+
+def load_roberta(source: str | Path, revision: str | None = None) -> PretrainedText:
+    """Returns a RoBERTa with its masked-language-model head; arguments and errors as for `load_clip`."""
+    folder = find_checkpoint(source, revision)
+    config = read_config(folder, {"roberta": RobertaConfig})
+    dialect = ROBERTA_DIALECT if config.tie_word_embeddings else ROBERTA_UNTIED_DIALECT
+    tokenizer = _tokenizer(folder)
+    return PretrainedText(*read_model(folder, RobertaForMaskedLM, config, dialect), tokenizer)
+
+
+def load_bert(source: str | Path, revision: str | None = None) -> PretrainedText:
+    """Returns a BERT that embeds sentences, such as all-MiniLM-L6-v2; arguments and errors as for `load_clip`."""
+    folder = find_checkpoint(source, revision)
+    config = read_config(folder, {"bert": BertConfig})
+    tokenizer = _tokenizer(folder)
+    return PretrainedText(*read_model(folder, BertEncoder, config, BERT_DIALECT), tokenizer)
+
+
+def tokenize(tokenizer, texts: Sequence[str], max_length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Returns int32 ids and a bool mask, both `[B, T]`, padded to the longest text.
+
+    Args:
+      tokenizer: of transformers.
+      texts: B texts.
+      max_length: longer texts lose their end; none is cut if left out.
+    """
+    encoded = tokenizer(
+        list(texts), padding=True, truncation=max_length is not None, max_length=max_length, return_tensors="np"
     )
+    return encoded["input_ids"].astype(np.int32), encoded["attention_mask"].astype(bool)
 
 
-def read_params(file: Path, like: dict[str, Any]) -> dict[str, Any]:
-    """Returns the parameters stored in `file`, shaped like `like`, in float32.
-
-    Raises:
-      CheckpointError: the file is corrupt, or tensors are missing, unexpected or of another shape.
-    """
-    expected: dict[tuple, Any] = traverse_util.flatten_dict(like)
-    paths = {tensor_name(path): path for path in expected}
-    found: dict[tuple, Array] = {}
+def _tokenizer(folder: Path) -> Any:
+    """Returns the tokenizer stored in `folder`, as one file or as vocabulary and merges."""
+    layouts = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
+    if not any(all((folder / name).is_file() for name in layout) for layout in layouts):
+        raise CheckpointError(f"{folder} holds no tokenizer.json, vocab.json with merges.txt, or vocab.txt")
     try:
-        with safe_open(file, framework="np") as stored:
-            names = set(stored.keys())
-            for name in sorted(names & paths.keys()):
-                found[paths[name]] = jnp.asarray(_from_stored(paths[name], stored.get_tensor(name)), jnp.float32)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"cannot read {file}: {error}") from error
-    problems = [f"missing {name} {expected[paths[name]].shape}" for name in sorted(paths.keys() - names)]
-    problems += [f"unexpected {name}" for name in sorted(names - paths.keys() - set(IGNORED_TENSORS))]
-    problems += [
-        f"{tensor_name(path)} has shape {value.shape}, expected {expected[path].shape}"
-        for path, value in found.items()
-        if value.shape != expected[path].shape
-    ]
-    if problems:
-        raise CheckpointError(f"{file} does not fit its configuration: " + "; ".join(problems))
-    return traverse_util.unflatten_dict(found)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except CONFIG_ERRORS as error:
+        raise unreadable(folder, error) from error
 
 
-def stored_tensors(params: Mapping[str, Any], dtype: str) -> dict[str, np.ndarray]:
-    """Returns `{tensor name: array}` of parameters, ready for `safetensors.numpy.save_file`."""
-    flat: dict[tuple, Any] = traverse_util.flatten_dict(params)
-    return {tensor_name(path): np.array(_to_stored(path, np.asarray(v)), dtype, order="C") for path, v in flat.items()}
-
-
-def tensor_name(path: tuple) -> str:
-    """Returns a parameter's name in a Hugging Face checkpoint.
-
-    >>> tensor_name(("text_model", "encoder", "layers", 0, "mlp", "fc1", "kernel"))
-    'text_model.encoder.layers.0.mlp.fc1.weight'
-    """
-    leaf = "weight" if path[-1] in ("kernel", "scale", "embedding") else path[-1]
-    return ".".join(map(str, (*path[:-1], leaf)))
-
-
-def num_params(params: Any) -> int:
-    """Returns the number of numbers in a pytree of parameters."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-def _from_stored(path: tuple, value: np.ndarray) -> np.ndarray:
-    if path[-1] != "kernel":
-        return value
-    return value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T
-
-
-def _to_stored(path: tuple, value: np.ndarray) -> np.ndarray:
-    if path[-1] != "kernel":
-        return value
-    return value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T
+def _mean_and_std(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    file = folder / "preprocessor_config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{folder} holds no preprocessor_config.json")
+    try:
+        stored = json.loads(file.read_text())
+        mean, std = (np.asarray(stored[name], np.float32) for name in ("image_mean", "image_std"))
+    except CONFIG_ERRORS as error:
+        raise unreadable(folder, error) from error
+    if mean.shape != (3,) or std.shape != (3,) or not (std > 0).all():
+        raise CheckpointError(f"{file} must give image_mean and image_std of three channels")
+    return mean, std
