@@ -16,36 +16,47 @@ from jax import Array
 from fedbbpt_jax.prompts.module import from_module
 from fedbbpt_jax.types import PromptGenerator
 
+BLACKVIP_CHANNELS = (32, 64, 32, 32, 16)
+"""Of the published decoder, from 7x7 to 224x224: 9,920 parameters with features of 768 numbers."""
+
+SMALL_CHANNELS = (8, 16, 16)
+"""From 4x4 to 32x32."""
+
 
 class Doubling(nnx.Module):
-    """A 2x2 transposed convolution of stride 2, one kernel per channel. Kernel = stride, so it is a product."""
+    """A 2x2 transposed convolution of stride 2 within each channel. Kernel = stride, so it is a product.
 
-    def __init__(self, channels: int, *, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(nnx.initializers.normal(0.5)(rngs.params(), (channels, 2, 2)))
-        self.bias = nnx.Param(jnp.zeros(channels))
+    Each input channel gives `multiplier` output channels, next to each other.
+    """
+
+    def __init__(self, channels: int, multiplier: int, *, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(nnx.initializers.normal(0.5)(rngs.params(), (channels, multiplier, 2, 2)))
+        self.bias = nnx.Param(jnp.zeros(channels * multiplier))
 
     def __call__(self, x: Array) -> Array:
-        """Returns `[B, 2h, 2w, C]` of `[B, h, w, C]`."""
-        batch, height, width, channels = x.shape
-        doubled = jnp.einsum("bhwc,cij->bhiwjc", x, self.kernel[...])
-        return doubled.reshape(batch, 2 * height, 2 * width, channels) + self.bias[...]
+        """Returns `[B, 2h, 2w, C·multiplier]` of `[B, h, w, C]`."""
+        batch, height, width, _ = x.shape
+        doubled = jnp.einsum("bhwc,cmij->bhiwjcm", x, self.kernel[...])
+        return doubled.reshape(batch, 2 * height, 2 * width, -1) + self.bias[...]
 
 
 class Stage(nnx.Module):
     """Doubling, 1x1 mixing of channels, normalisation, GELU.
 
     Differs from BlackVIP: its batch normalisation couples the examples of a batch and needs running statistics, which
-    a federation would have to merge. Here each example is normalised by its own mean and variance.
+    a federation would have to merge. Here each example is normalised by its own mean and variance; the scale and shift
+    per channel are the same, and so is the number of parameters.
     """
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
-        self.doubling = Doubling(inputs, rngs=rngs)
-        self.pointwise = nnx.Linear(inputs, outputs, use_bias=False, rngs=rngs)
+        hidden = max(inputs, outputs)
+        self.doubling = Doubling(inputs, hidden // inputs, rngs=rngs)
+        self.pointwise = nnx.Linear(hidden, outputs, use_bias=False, rngs=rngs)
         self.norm = nnx.GroupNorm(outputs, num_groups=1, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         """Returns `[B, 2h, 2w, outputs]` of `[B, h, w, inputs]`."""
-        return jax.nn.gelu(self.norm(self.pointwise(self.doubling(x))))
+        return jax.nn.gelu(self.norm(self.pointwise(self.doubling(x))), approximate=False)
 
 
 class Coordinator(nnx.Module):
@@ -71,27 +82,34 @@ class Coordinator(nnx.Module):
         return prompt.reshape(batch, 2 * x.shape[1], 2 * x.shape[2], 3)
 
 
-def coordinator(
-    image_size: int, feature_size: int, channels: Sequence[int] = (8, 16, 16), grid: int = 4
-) -> PromptGenerator:
-    """Returns the input-dependent generator for images of `grid`·2^len(channels) pixels.
+def coordinator(image_size: int, feature_size: int, channels: Sequence[int] = BLACKVIP_CHANNELS) -> PromptGenerator:
+    """Returns the input-dependent generator, which doubles a grid of image_size / 2^len(channels) rows to the image.
+
+    Prompts are in pixel units; BlackVIP's are in those of CLIP's normalised pixels, some four times as large.
 
     Args:
       image_size: H = W, in pixels.
-      feature_size: F, the width of the frozen features of an image.
-      channels: of the grid and after each stage; what the grid holds beyond the features is the trigger.
-      grid: rows and columns of the first layout.
+      feature_size: F, the width of the frozen features of an image (768 for ViT-MAE).
+      channels: of the grid and after each stage, each a multiple of the one before or smaller; what the grid holds
+        beyond the features is the trigger (800 numbers at the published shape).
 
     Raises:
       ValueError: the sizes do not fit together.
 
     Example:
-      >>> generator = coordinator(32, feature_size=48)
-      >>> generator.generate(generator.init(jax.random.key(0)), jnp.zeros((5, 48))).shape
-      (5, 32, 32, 3)
+      >>> generator = coordinator(224, feature_size=768)
+      >>> params = generator.init(jax.random.key(0))
+      >>> sum(x.size for x in jax.tree.leaves(params))
+      9920
+      >>> generator.generate(params, jnp.zeros((2, 768))).shape
+      (2, 224, 224, 3)
     """
-    if grid * 2 ** len(channels) != image_size:
-        raise ValueError(f"grid {grid} doubled {len(channels)} times does not give the image size {image_size}")
+    grid, rest = divmod(image_size, 2 ** len(channels))
+    if rest or not grid:
+        raise ValueError(f"the image size must be a multiple of {2 ** len(channels)}, got {image_size}")
+    for inputs, outputs in pairwise(channels):
+        if outputs > inputs and outputs % inputs:
+            raise ValueError(f"channels must grow by whole multiples, got {inputs} before {outputs}")
     if feature_size >= grid * grid * channels[0]:
         raise ValueError(f"{feature_size} features leave no room for a trigger in {grid * grid * channels[0]} numbers")
     return from_module(lambda rngs: Coordinator(grid, feature_size, channels, rngs=rngs))
