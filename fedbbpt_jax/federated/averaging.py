@@ -13,7 +13,7 @@ def weighted_mean() -> Federation:
     r"""Returns FedAvg: $\sum_i w_i x_i / \sum_i w_i$ over every leaf of the client's state.
 
     Momenta and moments are averaged with the parameters and travel with them; step counters, equal on all clients, are
-    their own mean. A round whose weights are all 0 leaves the server as it was.
+    their own mean and need not travel. A round whose weights are all 0 leaves the server as it was.
 
     Source: McMahan et al., 2017, "Communication-Efficient Learning of Deep Networks from Decentralized Data",
     Algorithm 1.
@@ -77,8 +77,9 @@ def isolated(num_clients: int) -> Federation:
 
 
 def num_bytes(tree: PyTree) -> int:
-    """Returns the size of a pytree's arrays as raw bytes."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Returns the size of a state's numbers as raw bytes, without its integers: whoever knows the round can count."""
+    numbers = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in numbers)
 
 
 def _to_rank(vector: Array, like: Array) -> Array:

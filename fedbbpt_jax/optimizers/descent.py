@@ -23,7 +23,8 @@ class DescentState(NamedTuple):
 def descent(estimator: Estimator, tx: optax.GradientTransformation) -> Optimizer:
     """Returns the optimizer that applies `tx` to each estimate.
 
-    A step without a single usable answer leaves parameters and both states as they were.
+    A step without a single usable answer leaves the numbers of parameters and states as they were. It counts as a step
+    all the same, so that counters are equal on all clients and need not be sent.
 
     Example:
       >>> from fedbbpt_jax.estimators.directions import rademacher
@@ -44,7 +45,11 @@ def descent(estimator: Estimator, tx: optax.GradientTransformation) -> Optimizer
         updates, outer = tx.update(gradient, state.transformation, state.params)
         moved = DescentState(optax.apply_updates(state.params, updates), inner, outer)
         answered = info.num_directions > 0
-        return jax.tree.map(lambda new, old: jnp.where(answered, new, old), moved, state), info
+
+        def keep_unless_answered(new: Array, old: Array) -> Array:
+            return new if jnp.issubdtype(new.dtype, jnp.integer) else jnp.where(answered, new, old)
+
+        return jax.tree.map(keep_unless_answered, moved, state), info
 
     return Optimizer(init, ask, tell, lambda state: state.params, estimator.num_candidates)
 
