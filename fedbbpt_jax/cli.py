@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fedbbpt_jax.data.tasks import DIGIT_TASKS
+from fedbbpt_jax.data.tasks import descriptions
 from fedbbpt_jax.errors import FedBBPTError, OutputError
 from fedbbpt_jax.training.compare import run_seeds, variants
 from fedbbpt_jax.training.experiment import (
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def list_command(command: List) -> int:
     """Prints the names of a kind with one line each."""
     entries = {
-        "tasks": {name: task.description for name, task in DIGIT_TASKS.items()},
+        "tasks": descriptions(),
         "models": MODELS,
         "estimators": ESTIMATORS,
         "generators": GENERATORS,
@@ -122,10 +122,11 @@ def run_command(command: Run) -> int:
     experiments = {seed: _experiments(command, seed) for seed in seeds}
     for experiment in experiments[seeds[0]].values():  # bad input ends here, before anything is written
         prepare(experiment)
-    folder = command.output_dir or Path("runs") / f"{command.experiment.task}-{time.strftime('%Y%m%d-%H%M%S')}"
+    base = resolve(replace(command.experiment, seed=seeds[0]))
+    folder = command.output_dir or Path("runs") / f"{base.task}-{time.strftime('%Y%m%d-%H%M%S')}"
     _check_json_target(command.json, folder)
     create_folder(folder)
-    write_config(folder, resolve(replace(command.experiment, seed=seeds[0])), seeds)
+    write_config(folder, base, seeds)
     console = Console(quiet=command.quiet, stderr=True)
     with Progress(*_COLUMNS, console=console) as progress:
         on_row = _follower(folder, progress, experiments)

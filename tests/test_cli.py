@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from fedbbpt_jax import cli
-from fedbbpt_jax.data.tasks import DIGIT_TASKS, load_task
+from fedbbpt_jax.data.tasks import descriptions, load_task
 from fedbbpt_jax.pretrained import MINI_CLIP
 from fedbbpt_jax.training.experiment import ESTIMATORS, GENERATORS, MODELS, Experiment
 from fedbbpt_jax.training.run import run
@@ -49,7 +49,7 @@ def test_version(capsys):
 
 
 KINDS = {
-    "tasks": {name: task.description for name, task in DIGIT_TASKS.items()},
+    "tasks": descriptions(),
     "models": MODELS,
     "estimators": ESTIMATORS,
     "generators": GENERATORS,
@@ -111,9 +111,9 @@ def test_summary_has_all_fields(tiny_run):
 
 
 def test_bytes_are_those_of_the_client_states(tiny_run):
-    """Twice, 5 clients send 192 parameters and two moments of them in float32, and three counters, each way."""
+    """Twice, 5 clients send 192 parameters and two moments of them in float32 each way."""
     summary = summary_of(tiny_run.folder)
-    assert summary["uplink_bytes"] == summary["downlink_bytes"] == 2 * 5 * (3 * 192 + 3) * 4
+    assert summary["uplink_bytes"] == summary["downlink_bytes"] == 2 * 5 * 3 * 192 * 4
 
 
 def test_rows_are_the_evaluations(tiny_run):
@@ -202,14 +202,21 @@ BAD_INPUTS = {
     "folder-is-a-file": (["--output-dir", "file"], "cannot write to file"),
     "folder-below-a-file": (["--output-dir", "file/below"], "cannot write to file/below"),
     "model-truncated": (["--model", "truncated"], "cannot read truncated/model.safetensors"),
-    "model-missing": (["--model", "nothing"], "nothing holds no config.json"),
+    "model-unknown": (["--model", "nothing"], "'nothing' is no folder here, and the hub gave nothing"),
+    "model-no-folder": (["--model", "./nothing"], "./nothing is no folder"),
+    "model-of-texts": (["--model", "texts"], "texts holds a 'bert' model; expected 'clip'"),
+    "model-without-config": (["--model", "unnamed"], "unnamed holds no config.json"),
+    "encoder-is-a-clip": (["--encoder", "clip"], "holds a 'clip' model; expected 'vit_mae' or 'vit'"),
+    "data-unknown": (["--data", "nothing/at-all"], "cannot load 'nothing/at-all'"),
+    "data-with-an-empty-class": (["--data", "photographs"], "cat"),
+    "template": (["--templates", "a photo"], "template"),
     "json-nowhere": ([*TINY, "--json", "nothing/summary.json"], "nothing/summary.json"),
 }
 
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A working directory with an older run, a file, and a model whose weights were cut off."""
+    """A working directory with an older run, a file, spoilt models, and photographs of one class of two."""
     (tmp_path / "occupied").mkdir()
     (tmp_path / "occupied" / "summary.json").write_text("precious")
     (tmp_path / "file").write_text("precious")
@@ -217,6 +224,14 @@ def workplace(tmp_path, monkeypatch):
     for file in MINI_CLIP.iterdir():
         content = file.read_bytes()
         (tmp_path / "truncated" / file.name).write_bytes(content[:-1000] if file.suffix == ".safetensors" else content)
+    for name, config in {"texts": {"model_type": "bert"}, "clip": {"model_type": "clip"}, "unnamed": None}.items():
+        (tmp_path / name).mkdir()
+        if config is not None:
+            (tmp_path / name / "config.json").write_text(json.dumps(config))
+    for label in ("cat", "dog"):
+        (tmp_path / "photographs" / "train" / label).mkdir(parents=True)
+    for i in range(20):
+        Image.new("RGB", (9, 9)).save(tmp_path / "photographs" / "train" / "dog" / f"{i}.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

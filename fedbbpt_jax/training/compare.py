@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import jax
 
-from fedbbpt_jax.data.tasks import load_task
 from fedbbpt_jax.objectives import cross_entropy
 from fedbbpt_jax.training.evaluate import compile_evaluation
-from fedbbpt_jax.training.experiment import Experiment, build_generator, requests_per_round, resolve
-from fedbbpt_jax.training.prepare import load_classifier, on_device
+from fedbbpt_jax.training.experiment import Experiment, build_generator, requests_per_round, resolve, without_data
+from fedbbpt_jax.training.load import load_classifier, load_experiment_task
+from fedbbpt_jax.training.prepare import on_device
 from fedbbpt_jax.training.run import Outcome, Row, run
 from fedbbpt_jax.training.white_box import compile_white_box
 
@@ -114,9 +114,9 @@ def run_seeds(
 def run_white_box(experiment: Experiment) -> WhiteBox:
     """Returns the white-box ceiling of an experiment's task, generator and shots."""
     e = resolve(experiment)
-    task = load_task(e.task, shots=e.shots, seed=e.seed)
+    task = load_experiment_task(e)
     classifier = load_classifier(e, task)
-    generator, tune, evaluate = _programs(replace(e, seed=0), task.image_size, task.feature_size)
+    generator, tune, evaluate = _programs(without_data(e), task.image_size, task.feature_size)
     params = tune(classifier, generator.init(jax.random.key(e.seed)), on_device(task.train))
     model = jax.tree.map(lambda x: x[None], params)
     return WhiteBox(*(float(evaluate(classifier, model, on_device(p)).accuracy) for p in (task.validation, task.test)))

@@ -28,14 +28,14 @@ def compile_evaluation(
     Args:
       generator: makes the prompt from each model's parameters.
       objective: the loss to report.
-      chunk_size: examples in flight at once.
+      chunk_size: most examples in flight at once.
     """
 
     @jax.jit
     def evaluate(box: BlackBox, params: Params, examples: Examples) -> Evaluation:
         size = len(examples.labels)
         num_chunks = -(-size // chunk_size)
-        rows = jnp.arange(num_chunks * chunk_size).reshape(num_chunks, chunk_size)
+        rows = jnp.arange(num_chunks * -(-size // num_chunks)).reshape(num_chunks, -1)  # chunks as even as can be
 
         def one_chunk(model: Params, rows: Array) -> tuple[Array, Array]:
             batch = jax.tree.map(lambda x: jnp.asarray(x)[jnp.minimum(rows, size - 1)], examples)

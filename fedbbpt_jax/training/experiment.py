@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,14 +11,14 @@ import numpy as np
 import optax
 import tyro
 
+from fedbbpt_jax.black_box.frozen import Precision
 from fedbbpt_jax.data.partition import dirichlet, iid
 from fedbbpt_jax.estimators.directions import rademacher, segmented_uniform
 from fedbbpt_jax.estimators.spsa import one_sided_spsa, spsa
 from fedbbpt_jax.federated.averaging import isolated, weighted_mean
 from fedbbpt_jax.objectives import cross_entropy
 from fedbbpt_jax.optimizers.descent import descent, spsa_gc_perturbation_size, spsa_gc_transformation
-from fedbbpt_jax.pretrained import MINI_CLIP
-from fedbbpt_jax.prompts.coordinator import coordinator
+from fedbbpt_jax.prompts.coordinator import BLACKVIP_CHANNELS, SMALL_CHANNELS, coordinator
 from fedbbpt_jax.prompts.pixels import frame, full_overlay, low_resolution_overlay
 from fedbbpt_jax.types import Estimator, Federation, Method, Optimizer, PromptGenerator
 
@@ -26,9 +26,9 @@ MODELS = {"mini-clip": "CLIP of 0.6 M parameters for 32x32 digits, shipped with 
 
 GENERATORS = {
     "low-resolution": "8x8 colours enlarged bilinearly, 192 parameters (the default)",
-    "full": "one free colour per pixel, 3,072 parameters",
-    "frame": "a free border of 4 pixels, 1,344 parameters",
-    "coordinator": "a prompt per image, decoded from its features and a learnt trigger",
+    "full": "one free colour per pixel: 3,072 parameters at 32 pixels, 150,528 at 224",
+    "frame": "a free border of 30/224 of the width: 1,344 parameters at 32 pixels, 69,840 at 224",
+    "coordinator": "a prompt per image, decoded from its features (--encoder) and a trigger: BlackVIP's 9,920 at 224",
 }
 
 ESTIMATORS = {
@@ -44,10 +44,15 @@ class Experiment:
     """What is learnt, by whom and how. Sizes that are left out are resolved from the others.
 
     Attributes:
-      task: what to learn (`fedbbpt list tasks`).
-      model: the frozen model: a shipped one (`fedbbpt list models`) or a folder with a CLIP checkpoint.
+      task: what to learn (`fedbbpt list tasks`): sensor, or the name of the folder given by --data, if left out.
+      data: images of your own: an image folder, a folder of parquet files, or a hub id; or a local copy of the task.
+      templates: texts with one {} for the class name; the features of several are averaged; by task if left out.
       shots: training examples per class, over all clients.
+      test_limit: most test images, drawn once for all seeds; all if left out.
+      model: the frozen CLIP: a shipped one (`fedbbpt list models`), a folder, or a hub id.
+      revision: branch, tag or commit of the model on the hub.
       generator: the prompt's form (`fedbbpt list generators`).
+      encoder: what a coordinator sees an image by: a ViT-MAE, ViT or DINO folder or hub id; mean colours if left out.
       num_clients: clients that hold data.
       cohort: clients per round, drawn uniformly; all if left out.
       partition: iid, or dirichlet:ALPHA by label.
@@ -67,10 +72,15 @@ class Experiment:
       seed: of shots, partition, batches and directions.
     """
 
-    task: tyro.conf.Positional[str] = "sensor"
-    model: str = "mini-clip"
+    task: tyro.conf.Positional[str | None] = None
+    data: str | None = None
+    templates: tuple[str, ...] = ()
     shots: int = 16
+    test_limit: int | None = None
+    model: str = "mini-clip"
+    revision: str | None = None
     generator: Literal["low-resolution", "full", "frame", "coordinator"] = "low-resolution"
+    encoder: str | None = None
     num_clients: int = 5
     cohort: int | None = None
     partition: str = "dirichlet:0.3"
@@ -85,15 +95,16 @@ class Experiment:
     lr: float | None = None
     budget: int = 64_000
     eval_every: int = 8
-    precision: Literal["highest", "default"] = "highest"
+    precision: Precision = "highest"
     chunk_size: int = 16
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class ResolvedExperiment(Experiment):
-    """An experiment whose sizes are all known; made by `resolve`."""
+    """An experiment whose task and sizes are all known; made by `resolve`."""
 
+    task: str = ""
     cohort: int = 0
     num_rounds: int = 0
     perturbation_size: float = 0.0
@@ -110,7 +121,7 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
     for name in ("shots", "num_clients", "local_steps", "batch_size", "num_directions", "eval_every", "chunk_size"):
         if getattr(e, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(e, name)}")
-    for name in ("cohort", "num_rounds", "perturbation_size", "lr"):
+    for name in ("cohort", "num_rounds", "perturbation_size", "lr", "test_limit"):
         if getattr(e, name) is not None and not 0 < getattr(e, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} must be positive and finite, got {getattr(e, name)}")
     if not 0 <= e.seed < 2**32:
@@ -126,7 +137,15 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
     if e.budget < requests:
         raise ValueError(f"--budget must pay for one round of {requests} requests, got {e.budget}")
     num_rounds = min(e.num_rounds or e.budget, e.budget // requests)
-    sizes = {"cohort": cohort, "num_rounds": num_rounds, "perturbation_size": size, "lr": lr}
+    task = e.task or ("sensor" if e.data is None else Path(e.data).resolve().name)
+    sizes = {
+        "task": task,
+        "templates": tuple(e.templates),
+        "cohort": cohort,
+        "num_rounds": num_rounds,
+        "perturbation_size": size,
+        "lr": lr,
+    }
     return ResolvedExperiment(**asdict(e) | sizes)
 
 
@@ -135,6 +154,24 @@ def requests_per_round(experiment: Experiment) -> int:
     e = experiment
     num_candidates = e.num_directions + 1 if e.estimator == "spsa-one-sided" else 2 * e.num_directions
     return (e.cohort or e.num_clients) * num_candidates * e.local_steps * e.batch_size
+
+
+def without_data(experiment: ResolvedExperiment) -> ResolvedExperiment:
+    """Returns the experiment without what its compiled programs do not depend on: its data, model and seed."""
+    return replace(
+        experiment,
+        task="",
+        data=None,
+        templates=(),
+        shots=1,
+        test_limit=None,
+        model="",
+        revision=None,
+        encoder=None,
+        partition="iid",
+        precision="highest",
+        seed=0,
+    )
 
 
 def split_among_clients(experiment: Experiment, labels: np.ndarray) -> list[np.ndarray]:
@@ -162,7 +199,7 @@ def build_generator(experiment: Experiment, image_size: int, feature_size: int) 
         case "frame":
             return frame(size, width=max(1, round(size * 30 / 224)))  # BlackVIP's 30 of 224 pixels
         case "coordinator":
-            return coordinator(size, feature_size)
+            return coordinator(size, feature_size, SMALL_CHANNELS if size < 224 else BLACKVIP_CHANNELS)
 
 
 def build_optimizer(experiment: ResolvedExperiment) -> Optimizer:
@@ -180,11 +217,6 @@ def build_optimizer(experiment: ResolvedExperiment) -> Optimizer:
 def build_federation(experiment: Experiment) -> Federation:
     """Returns how the clients' states come together."""
     return weighted_mean() if experiment.federation == "fedavg" else isolated(experiment.num_clients)
-
-
-def model_folder(experiment: Experiment) -> Path:
-    """Returns the folder of the frozen model's checkpoint."""
-    return MINI_CLIP if experiment.model == "mini-clip" else Path(experiment.model)
 
 
 def _build_estimator(e: ResolvedExperiment) -> Estimator:

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedbbpt_jax.black_box.frozen import PromptedClassifier, clip_classifier, query_only
-from fedbbpt_jax.data.tasks import Task, load_task
+from fedbbpt_jax.black_box.frozen import query_only
 from fedbbpt_jax.federated.cohort import ClientData, pack
 from fedbbpt_jax.federated.placement import RunRounds, compile_rounds
-from fedbbpt_jax.models.loading import PretrainedCLIP, load_clip
 from fedbbpt_jax.training.evaluate import Evaluation, compile_evaluation
 from fedbbpt_jax.training.experiment import (
     Experiment,
     ResolvedExperiment,
     build_method,
-    model_folder,
     resolve,
     split_among_clients,
+    without_data,
 )
-from fedbbpt_jax.types import BlackBox, Examples, Method, Params, PyTree
+from fedbbpt_jax.training.load import load_classifier, load_experiment_task
+from fedbbpt_jax.types import BlackBox, Examples, Method, Params, PyTree, Task
 
 
 class Programs(NamedTuple):
@@ -39,7 +36,7 @@ class Programs(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def compiled_programs(e: ResolvedExperiment, image_size: int, feature_size: int) -> Programs:
-    """Returns the programs of an experiment without its seed and partition, so that seeds share compilations."""
+    """Returns the programs of an experiment `without_data`, so that seeds and partitions share compilations."""
     method = build_method(e, image_size, feature_size)
     sizes = {"cohort_size": e.cohort, "local_steps": e.local_steps, "batch_size": e.batch_size}
     run_rounds = compile_rounds(method, **sizes, chunk_size=e.chunk_size)
@@ -77,27 +74,17 @@ def prepare(experiment: Experiment) -> Setup:
       ValueError, TaskError, CheckpointError: the experiment cannot be run as described.
     """
     e = resolve(experiment)
-    task = load_task(e.task, shots=e.shots, seed=e.seed)
+    task = load_experiment_task(e)
     task = task._replace(validation=on_device(task.validation), test=on_device(task.test))
     clients = pack(task.train, split_among_clients(e, task.train.labels))
     box = query_only(load_classifier(e, task))
-    programs = compiled_programs(replace(e, seed=0, partition="iid"), task.image_size, task.feature_size)
+    programs = compiled_programs(without_data(e), task.image_size, task.feature_size)
     method = programs.method
     init_key, key = jax.random.split(jax.random.key(e.seed))
     client = method.optimizer.init(method.generator.init(init_key))
     down, up = method.federation.payload_bytes(client)
     server = method.federation.init(client)
     return Setup(e, task, box, clients, programs, server, (e.cohort * down, e.cohort * up), key)
-
-
-def load_classifier(experiment: Experiment, task: Task) -> PromptedClassifier:
-    """Returns the frozen model of an experiment as a differentiable classifier of the task's classes."""
-    return clip_classifier(_load_clip(model_folder(experiment)), task.class_texts, experiment.precision)
-
-
-@functools.cache
-def _load_clip(folder: Path) -> PretrainedCLIP:
-    return load_clip(folder)
 
 
 def on_device(examples: Examples) -> Examples:

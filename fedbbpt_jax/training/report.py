@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from fedbbpt_jax.models.classifiers import as_float
 from fedbbpt_jax.training.compare import SeedResult, recovered_share
 from fedbbpt_jax.training.run import Outcome
 
@@ -87,17 +88,20 @@ def write_prompt_figure(path: Path, outcome: Outcome) -> None:
     """Writes clean images, what the client has, the prompt and what the black box sees, side by side."""
     prompts = outcome.prompts
     num_images = len(prompts)
-    shifted = np.asarray(outcome.task.test.inputs[:num_images])
+    shifted = np.asarray(as_float(outcome.task.test.inputs[:num_images]))
     prompted = np.clip(shifted + prompts, 0, 1)
     reach = max(float(np.abs(prompts).max()), 1e-6)
+    clean = outcome.task.clean_test_inputs
     rows = {
-        "clean": outcome.task.clean_test_inputs[:num_images],
+        **({} if clean is None else {"clean": clean[:num_images]}),
         "as received": shifted,
         f"prompt (±{reach:.2f})": 0.5 + prompts / (2 * reach),
         "prompted": prompted,
     }
     with plt.rc_context({**STYLE, "axes.grid": False}):
-        figure, grid = plt.subplots(4, num_images, figsize=(1.1 * num_images + 1.0, 4.9))
+        figure, grid = plt.subplots(
+            len(rows), num_images, figsize=(1.1 * num_images + 1.0, 1.1 * len(rows) + 0.5), squeeze=False
+        )
         for (label, images), axes_row in zip(rows.items(), grid, strict=True):
             for image, axes in zip(images, axes_row, strict=True):
                 axes.imshow(image, vmin=0, vmax=1, interpolation="nearest")

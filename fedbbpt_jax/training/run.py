@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from fedbbpt_jax.data.tasks import Task
 from fedbbpt_jax.training.evaluate import Evaluation
 from fedbbpt_jax.training.experiment import Experiment, ResolvedExperiment
 from fedbbpt_jax.training.prepare import Setup, prepare
-from fedbbpt_jax.types import Examples, Params, PyTree
+from fedbbpt_jax.types import Examples, Params, PyTree, Task
 
 Row = dict[str, Any]
 NUM_SHOWN = 6

@@ -7,14 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedbbpt_jax.data.partition import dirichlet, iid
-from fedbbpt_jax.pretrained import MINI_CLIP
 from fedbbpt_jax.training.experiment import (
     ESTIMATORS,
     GENERATORS,
     Experiment,
     build_generator,
     build_method,
-    model_folder,
     requests_per_round,
     resolve,
     split_among_clients,
@@ -48,8 +46,21 @@ def test_sizes_follow_the_estimator_and_the_optimizer(choices, expected):
 
 
 def test_what_was_asked_for_is_kept():
-    asked = Experiment(cohort=2, num_clients=3, num_rounds=4, perturbation_size=0.2, lr=0.5, seed=6)
+    asked = Experiment(task="loc", cohort=2, num_clients=3, num_rounds=4, perturbation_size=0.2, lr=0.5, seed=6)
     assert asdict(resolve(asked)) == asdict(asked)
+
+
+@pytest.mark.parametrize(
+    ("choices", "expected"),
+    [
+        ({}, "sensor"),
+        ({"data": "photos/flowers/"}, "flowers"),
+        ({"data": "someone/flowers"}, "flowers"),
+        ({"task": "eurosat", "data": "copy"}, "eurosat"),
+    ],
+)
+def test_a_task_left_out_is_the_default_or_named_after_its_data(choices, expected):
+    assert resolve(Experiment(**choices)).task == expected
 
 
 def test_resolving_twice_changes_nothing():
@@ -167,8 +178,3 @@ def test_federation_is_read(federation):
     num_models = {len(leaf) for leaf in jax.tree.leaves(models)}
     assert num_models == {1 if federation == "fedavg" else 3}
     assert (method.federation.payload_bytes(client) == (0, 0)) == (federation == "isolated")
-
-
-def test_model_is_the_shipped_one_or_a_folder(tmp_path):
-    assert model_folder(Experiment()) == MINI_CLIP
-    assert model_folder(Experiment(model=str(tmp_path))) == tmp_path

@@ -1,0 +1,94 @@
+"""The data and the frozen models that an experiment names, loaded once and shared by its seeds and baselines."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fedbbpt_jax.black_box.frozen import Precision, PromptedClassifier, clip_classifier
+from fedbbpt_jax.data.tasks import load_task
+from fedbbpt_jax.models.classifiers import as_float
+from fedbbpt_jax.models.features import vit_features
+from fedbbpt_jax.models.loading import PretrainedCLIP, PretrainedViT, load_clip, load_vit
+from fedbbpt_jax.pretrained import MINI_CLIP
+from fedbbpt_jax.training.experiment import ResolvedExperiment
+from fedbbpt_jax.types import Examples, Task
+
+
+def load_experiment_task(e: ResolvedExperiment) -> Task:
+    """Returns the data of an experiment: images of the model's size, and their features by the encoder, if it has one.
+
+    Raises:
+      TaskError, CheckpointError: the data, the model or the encoder cannot be loaded.
+    """
+    return _task(e.task, e.data, e.templates, e.shots, e.seed, e.test_limit, e.model, e.revision, e.encoder)
+
+
+def load_classifier(e: ResolvedExperiment, task: Task) -> PromptedClassifier:
+    """Returns the frozen model of an experiment as a differentiable classifier of the task's classes.
+
+    Raises:
+      CheckpointError: the model cannot be loaded.
+      ValueError: a template has not exactly one `{}`, or a class name is too long for the model.
+    """
+    return _classifier(e.model, e.revision, task.class_names, task.templates, e.precision)
+
+
+@functools.lru_cache(maxsize=2)
+def _task(
+    name: str,
+    data: str | None,
+    templates: tuple[str, ...],
+    shots: int,
+    seed: int,
+    test_limit: int | None,
+    model: str,
+    revision: str | None,
+    encoder: str | None,
+) -> Task:
+    clip = _clip(model, revision)
+    wanted = {"templates": templates, "shots": shots, "seed": seed, "test_limit": test_limit}
+    task = _resized(load_task(name, data=data, transform=clip.transform, **wanted), clip.pixels.size)
+    if encoder is None:
+        return task
+    vit = _vit(encoder)
+    parts = (task.train, task.validation, task.test)
+    encoded = [part._replace(features=vit_features(vit, part.inputs)) for part in parts]
+    return task._replace(train=encoded[0], validation=encoded[1], test=encoded[2])
+
+
+@functools.lru_cache(maxsize=4)
+def _classifier(
+    model: str, revision: str | None, names: tuple[str, ...], templates: tuple[str, ...], precision: Precision
+) -> PromptedClassifier:
+    return clip_classifier(_clip(model, revision), names, templates, precision)
+
+
+@functools.lru_cache(maxsize=1)
+def _clip(model: str, revision: str | None) -> PretrainedCLIP:
+    return load_clip(MINI_CLIP if model == "mini-clip" else model, revision)
+
+
+@functools.lru_cache(maxsize=1)
+def _vit(encoder: str) -> PretrainedViT:
+    return load_vit(encoder)
+
+
+def _resized(task: Task, size: int) -> Task:
+    """Returns the task at the model's image size; only drawn images, such as the digits, come at another."""
+    if task.image_size == size:
+        return task
+
+    def resize(images: np.ndarray) -> np.ndarray:
+        shape = (len(images), size, size, images.shape[-1])
+        return np.asarray(jnp.clip(jax.image.resize(as_float(jnp.asarray(images)), shape, "cubic"), 0, 1))
+
+    def part(examples: Examples) -> Examples:
+        return examples._replace(inputs=resize(examples.inputs))
+
+    clean = None if task.clean_test_inputs is None else resize(task.clean_test_inputs)
+    parts = part(task.train), part(task.validation), part(task.test)
+    return Task(task.name, size, task.class_names, task.templates, *parts, clean)
