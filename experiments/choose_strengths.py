@@ -43,7 +43,7 @@ GRIDS: dict[str, tuple[Callable[[np.ndarray, float], np.ndarray], tuple[float, .
 
 def main() -> None:
     clean = [load_task("clean", seed=seed) for seed in SEEDS]
-    classifier = clip_classifier(load_clip(MINI_CLIP), clean[0].class_texts)
+    classifier = clip_classifier(load_clip(MINI_CLIP), clean[0].class_names, clean[0].templates)
     generator = low_resolution_overlay(clean[0].image_size)
     evaluate = compile_evaluation(generator, cross_entropy)
     no_prompt = jax.tree.map(lambda x: x[None], generator.init(jax.random.key(0)))

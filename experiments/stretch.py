@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fedbbpt_jax.data import shifts
-from fedbbpt_jax.data.tasks import DIGIT_TASKS, DigitTask
+from fedbbpt_jax.data.digit_tasks import DIGIT_TASKS, DigitTask
 from fedbbpt_jax.training.compare import recovered_share, run_white_box
 from fedbbpt_jax.training.experiment import Experiment
 from fedbbpt_jax.training.report import format_mean

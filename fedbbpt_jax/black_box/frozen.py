@@ -108,7 +108,7 @@ def frozen(classifier: nnx.Module, precision: Precision = "highest") -> Prompted
     graphdef, state = nnx.split(classifier)
     params = nnx.to_pure_dict(state)
     if precision == "bfloat16":
-        flat = traverse_util.flatten_dict(params)
+        flat: dict[tuple, Any] = traverse_util.flatten_dict(params)
         params = traverse_util.unflatten_dict(
             {p: x.astype(jnp.bfloat16) if p[0] == "trunk" and p[-1] == "kernel" else x for p, x in flat.items()}
         )

@@ -112,7 +112,7 @@ def class_features(clip: CLIP, tokenizer: Any, class_names: Sequence[str], templ
         if template.count("{}") != 1:
             raise ValueError(f"a template must hold one {{}} for the class name, got {template!r}")
     per_template = [
-        clip.encode_text(*tokenize(tokenizer, [template.replace("{}", name) for name in class_names]))
+        clip.encode_text(*map(jnp.asarray, tokenize(tokenizer, [template.replace("{}", name) for name in class_names])))
         for template in templates
     ]
     features = unit(jnp.stack(per_template).mean(0))

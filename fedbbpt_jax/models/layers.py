@@ -161,7 +161,8 @@ def unit(x: Array) -> Array:
     return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def _inputs_as_kernel(arrays, *, dtype=None, inexact: bool = True):
-    """Returns inputs in the type of the kernel; the bias stays as it is."""
-    inputs, kernel, *bias = arrays
-    return inputs.astype(kernel.dtype), kernel, *bias
+def _inputs_as_kernel(arrays: Any, *, dtype: Any = None, inexact: bool = True) -> Any:
+    """Returns inputs in the type of the kernel; the bias stays as it is. The signature is Flax's."""
+    del dtype, inexact
+    inputs, kernel, bias = arrays
+    return inputs.astype(kernel.dtype), kernel, bias

@@ -104,4 +104,4 @@ class RobertaForMaskedLM(nnx.Module):
         """Returns what the head multiplies and adds: `[V, E]` and `[V]`."""
         if self.tied:
             return self.roberta.embeddings.word_embeddings.embedding[...], self.lm_head.bias[...]
-        return self.lm_head.decoder.kernel[...].T, self.lm_head.decoder.bias[...]
+        return self.lm_head.decoder.kernel[...].T, self.lm_head.decoder.bias[...]  # type: ignore[index]

@@ -85,7 +85,7 @@ def write_prompt(folder: Path, outcome: Outcome) -> None:
     save_file(
         tensors | {"prompt": np.array(outcome.prompts, order="C")},
         folder / "prompt.safetensors",
-        metadata={"generator": outcome.experiment.generator, "task": outcome.experiment.task},
+        metadata={"generator": outcome.experiment.generator, "task": outcome.task.name},
     )
 
 
