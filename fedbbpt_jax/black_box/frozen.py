@@ -115,12 +115,13 @@ def frozen(classifier: nnx.Module, precision: Precision = "highest") -> Prompted
     return PromptedClassifier(graphdef, params, precision)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("_inner",), meta_fields=())
-@dataclass(frozen=True, repr=False)
 class QueryOnly:
-    """A black box: answers queries and refuses to be differentiated. Made by `query_only`."""
+    """A black box: answers queries and refuses to be differentiated or pickled. Made by `query_only`."""
 
-    _inner: BlackBox
+    __slots__ = ("_inner",)
+
+    def __init__(self, inner: BlackBox):
+        self._inner = inner
 
     def __call__(self, query: Query, /) -> Response:
         """Returns the response to `query`.
@@ -132,6 +133,18 @@ class QueryOnly:
 
     def __repr__(self) -> str:
         return "QueryOnly()"
+
+    def __copy__(self) -> QueryOnly:
+        return self
+
+    def __deepcopy__(self, memo: dict) -> QueryOnly:
+        return self
+
+    def __reduce__(self):
+        raise TypeError("a black box cannot be pickled: its weights stay where they are")
+
+
+jax.tree_util.register_pytree_node(QueryOnly, lambda box: ((box._inner,), None), lambda _, parts: QueryOnly(*parts))
 
 
 def query_only(classifier: BlackBox) -> BlackBox:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
+from huggingface_hub.errors import HTTPError, StrictDataclassError  # type: ignore[attr-defined]
 from jax import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -69,8 +69,8 @@ def find_checkpoint(source: str | Path, revision: str | None = None) -> Path:
         raise CheckpointError(f"{source} is no folder; expected a checkpoint's folder or a hub id")
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(_DOWNLOADED)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = f"{error}".strip().splitlines()[0]
+    except (HTTPError, OSError, ValueError) as error:
+        reason = " ".join(f"{error}".split()) or type(error).__name__
         raise CheckpointError(
             f"{source!r} is no folder here, and the hub gave nothing under that id ({reason}); its cache is "
             f"{constants.HF_HUB_CACHE}. Without a network pass the folder of a downloaded checkpoint"
@@ -194,20 +194,30 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
         try:
-            names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
+            names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+            files = [folder / name for name in names]
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"cannot read {folder / INDEX}: {' '.join(f'{error}'.split())}") from error
-        missing = sorted(name for name in names if not (folder / name).is_file())
+        missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise CheckpointError(f"{folder} lacks {', '.join(missing)}, which {INDEX} names")
-        return [folder / name for name in sorted(names)]
+        return files
     pickled = sorted(file.name for pattern in _PICKLED for file in folder.glob(pattern))
     found = f" but {', '.join(pickled)}, which may run code when it is loaded" if pickled else ""
+    architecture = _architecture(folder)
     raise CheckpointError(
         f"{folder} holds no {WEIGHTS}{found}. Many hub models have one under --revision refs/pr/N; else convert what "
-        'you trust where torch is installed: python -c "from transformers import AutoModelForPreTraining as M; '
-        "M.from_pretrained('SOURCE').save_pretrained('FOLDER')\""
+        f'you trust where torch is installed: python -c "from transformers import {architecture} as M; '
+        f"M.from_pretrained('{folder}').save_pretrained('{folder}')\""
     )
+
+
+def _architecture(folder: Path) -> str:
+    """Returns the class of transformers that a checkpoint's configuration names."""
+    try:
+        return str(json.loads((folder / "config.json").read_text())["architectures"][0])
+    except (OSError, ValueError, TypeError, KeyError, IndexError):
+        return "AutoModel"
 
 
 def _tensor_names(file: Path) -> list[str]:

@@ -105,9 +105,11 @@ def class_features(clip: CLIP, tokenizer: Any, class_names: Sequence[str], templ
       templates: each with one `{}` for the name.
 
     Raises:
-      ValueError: a template has not exactly one `{}`, a text is longer than the model's positions, or the model cannot
-        tell two names apart.
+      ValueError: there is no class or template, a template has not exactly one `{}`, a text is longer than the model's
+        positions, or the model cannot tell two names apart.
     """
+    if not class_names or not templates:
+        raise ValueError(f"expected class names and templates, got {list(class_names)} and {list(templates)}")
     for template in templates:
         if template.count("{}") != 1:
             raise ValueError(f"a template must hold one {{}} for the class name, got {template!r}")
@@ -139,8 +141,10 @@ def label_word_ids(tokenizer: Any, label_words: Sequence[str]) -> np.ndarray:
       label_words: N words as they stand in the text, with the space before them, such as (" terrible", " great").
 
     Raises:
-      ValueError: a word is not one token (the pieces are named), or two words are the same token.
+      ValueError: a word is empty or not one token (the pieces are named), or two words are the same token.
     """
+    if not all(label_words) or not label_words:
+        raise ValueError(f"expected a label word for each class, got {list(label_words)}")
     pieces = [tokenizer.encode(word, add_special_tokens=False) for word in label_words]
     for word, ids in zip(label_words, pieces, strict=True):
         if len(ids) != 1:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 from PIL.Image import Image
+from tokenizers import AddedToken
 from transformers import AutoTokenizer, BertConfig, CLIPConfig, RobertaConfig, ViTConfig, ViTMAEConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -103,6 +104,9 @@ def load_roberta(source: str | Path, revision: str | None = None) -> PretrainedT
     config = read_config(folder, {"roberta": RobertaConfig})
     dialect = ROBERTA_DIALECT if config.tie_word_embeddings else ROBERTA_UNTIED_DIALECT
     tokenizer = _tokenizer(folder)
+    # As in the published tokenizer.json: the mask takes the space before it. Vocabulary and merges do not say so.
+    mask = AddedToken(str(tokenizer.mask_token), lstrip=True, special=True)
+    tokenizer.add_special_tokens({"mask_token": mask})
     return PretrainedText(*read_model(folder, RobertaForMaskedLM, config, dialect), tokenizer)
 
 
