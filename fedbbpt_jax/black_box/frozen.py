@@ -40,12 +40,20 @@ class PromptedClassifier:
     precision: Precision
 
     def __call__(self, query: Query, /) -> Response:
-        """Returns scores of inputs `[C, B, ...]` under prompts `[C, K, ...]` or `[C, K, B, ...]`."""
+        """Returns scores of inputs `[C, B, ...]` under prompts `[C, K, ...]` or `[C, K, B, ...]`.
+
+        Raises:
+          ValueError: prompt and inputs are not of the same clients and examples.
+        """
         model: Any = nnx.merge(self.graphdef, self.params)
-        num_clients, num_candidates = query.prompt.shape[:2]
-        batch = jax.tree.leaves(query.inputs)[0].shape[1]
-        axes = num_clients, num_candidates, batch
         prompts = query.prompt if query.prompt.ndim == 3 + model.prompt_rank(query.prompt) else query.prompt[:, :, None]
+        num_clients, batch = jax.tree.leaves(query.inputs)[0].shape[:2]
+        axes = num_clients, query.prompt.shape[1], batch
+        if prompts.shape[0] != num_clients or prompts.shape[2] not in (1, batch):
+            raise ValueError(
+                f"expected a prompt [C, K, ...] or [C, K, B, ...] for {num_clients} clients and {batch} examples, got "
+                f"{query.prompt.shape}"
+            )
 
         def flat(x):  # [C, K, B, ...] -> [C*K*B, ...]
             return jnp.broadcast_to(x, (*axes, *x.shape[3:])).reshape(-1, *x.shape[3:])

@@ -24,7 +24,9 @@ BERT_SPELLINGS = (
     ("mlp.fc1.", "intermediate.dense."),
     ("mlp.fc2.", "output.dense."),
 )
-BERT_DIALECT = Dialect(prefix="bert.", spellings=BERT_SPELLINGS, ignored=("pooler.", "cls.", "embeddings.position_ids"))
+BERT_DIALECT = Dialect(
+    prefix="bert.", spellings=BERT_SPELLINGS, ignored=("pooler.", "cls.", "classifier.", "embeddings.position_ids")
+)
 
 
 class BertEmbeddings(nnx.Module):

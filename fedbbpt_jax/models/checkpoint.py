@@ -208,16 +208,17 @@ def _weight_files(folder: Path) -> list[Path]:
     raise CheckpointError(
         f"{folder} holds no {WEIGHTS}{found}. Many hub models have one under --revision refs/pr/N; else convert what "
         f'you trust where torch is installed: python -c "from transformers import {architecture} as M; '
-        f"M.from_pretrained('{folder}').save_pretrained('{folder}')\""
+        f'M.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"'
     )
 
 
 def _architecture(folder: Path) -> str:
-    """Returns the class of transformers that a checkpoint's configuration names."""
+    """Returns the class of transformers that a checkpoint's configuration names, if it is a name and not code."""
     try:
-        return str(json.loads((folder / "config.json").read_text())["architectures"][0])
+        name = json.loads((folder / "config.json").read_text())["architectures"][0]
     except (OSError, ValueError, TypeError, KeyError, IndexError):
         return "AutoModel"
+    return name if isinstance(name, str) and name.isidentifier() else "AutoModel"
 
 
 def _tensor_names(file: Path) -> list[str]:

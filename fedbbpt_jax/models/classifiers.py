@@ -73,7 +73,7 @@ class VerbalizedClassifier(nnx.Module):
         self.label_bias = nnx.Variable(bias[word_ids])
 
     def __call__(self, prompts: Array, texts: MaskedText) -> Array:
-        """Returns the language model's scores of the label words, float32 `[B, N]`.
+        """Returns the language model's scores of the label words, float32 `[B, N]`; NaN for a text without a mask.
 
         Args:
           prompts: token ids `[B, P]`, or word embeddings `[B, P, E]`; they stand behind the first token.
@@ -82,10 +82,11 @@ class VerbalizedClassifier(nnx.Module):
         if jnp.issubdtype(prompts.dtype, jnp.integer):
             prompts = self.trunk.embeddings.word_embeddings(prompts)
         states = self.trunk(texts.ids, texts.attended, prompts)
-        masks = jnp.argmax(texts.ids == self.mask_token_id, axis=-1) + prompts.shape[1]
-        at_mask = states[jnp.arange(len(states)), masks]
+        is_mask = texts.ids == self.mask_token_id
+        at_mask = states[jnp.arange(len(states)), jnp.argmax(is_mask, axis=-1) + prompts.shape[1]]
         with jax.default_matmul_precision("highest"):
-            return self.transform(at_mask) @ self.label_words[...].T + self.label_bias[...]
+            scores = self.transform(at_mask) @ self.label_words[...].T + self.label_bias[...]
+        return jnp.where(is_mask.any(-1, keepdims=True), scores, jnp.nan)
 
     @staticmethod
     def prompt_rank(prompts: Array) -> int:
@@ -113,8 +114,9 @@ def class_features(clip: CLIP, tokenizer: Any, class_names: Sequence[str], templ
     for template in templates:
         if template.count("{}") != 1:
             raise ValueError(f"a template must hold one {{}} for the class name, got {template!r}")
+    encode = nnx.jit(CLIP.encode_text)
     per_template = [
-        clip.encode_text(*map(jnp.asarray, tokenize(tokenizer, [template.replace("{}", name) for name in class_names])))
+        encode(clip, *map(jnp.asarray, tokenize(tokenizer, [template.replace("{}", name) for name in class_names])))
         for template in templates
     ]
     features = unit(jnp.stack(per_template).mean(0))

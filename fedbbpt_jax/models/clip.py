@@ -20,6 +20,7 @@ from fedbbpt_jax.models.layers import (
     causal_mask,
     layer_norm,
     linear,
+    patch_grid,
     unit,
 )
 
@@ -84,7 +85,7 @@ class VisionEmbeddings(nnx.Module):
         width = config.hidden_size
         self.class_embedding = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (width,)))
         self.patch_embedding = PatchEmbedding(config.patch_size, width, rngs=rngs)
-        num_patches = (config.image_size // config.patch_size) ** 2
+        num_patches = patch_grid(config) ** 2
         self.position_embedding = nnx.Embed(num_patches + 1, width, rngs=rngs)
 
     def __call__(self, images: Array) -> Array:

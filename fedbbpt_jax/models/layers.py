@@ -145,6 +145,17 @@ class PatchEmbedding(nnx.Module):
         return tokens if self.bias is None else tokens + self.bias[...]
 
 
+def patch_grid(config: Config) -> int:
+    """Returns the patches along one side of an image.
+
+    Raises:
+      ValueError: patches do not fill the image.
+    """
+    if config.image_size % config.patch_size:
+        raise ValueError(f"patch_size {config.patch_size} does not divide image_size {config.image_size}")
+    return config.image_size // config.patch_size
+
+
 def causal_mask(length: int) -> Array:
     """Returns bool `[1, 1, T, T]`: token t looks at tokens up to t."""
     return jnp.tril(jnp.ones((length, length), bool))[None, None]

@@ -104,6 +104,8 @@ def load_roberta(source: str | Path, revision: str | None = None) -> PretrainedT
     config = read_config(folder, {"roberta": RobertaConfig})
     dialect = ROBERTA_DIALECT if config.tie_word_embeddings else ROBERTA_UNTIED_DIALECT
     tokenizer = _tokenizer(folder)
+    if tokenizer.mask_token is None:
+        raise CheckpointError(f"the tokenizer in {folder} has no mask token")
     # As in the published tokenizer.json: the mask takes the space before it. Vocabulary and merges do not say so.
     mask = AddedToken(str(tokenizer.mask_token), lstrip=True, special=True)
     tokenizer.add_special_tokens({"mask_token": mask})

@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array
 
 from fedbbpt_jax.models.checkpoint import Dialect
-from fedbbpt_jax.models.layers import Config, Encoder, PatchEmbedding, PreNormBlock, layer_norm
+from fedbbpt_jax.models.layers import Config, Encoder, PatchEmbedding, PreNormBlock, layer_norm, patch_grid
 
 VIT_DIALECT = Dialect(
     prefix="vit.",
@@ -38,7 +38,7 @@ class ViTEmbeddings(nnx.Module):
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         width = config.hidden_size
-        num_patches = (config.image_size // config.patch_size) ** 2
+        num_patches = patch_grid(config) ** 2
         self.patch_embedding = PatchEmbedding(config.patch_size, width, use_bias=True, rngs=rngs)
         self.cls_token = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (1, 1, width)))
         self.position_embeddings = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (1, num_patches + 1, width)))

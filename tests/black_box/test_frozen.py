@@ -14,7 +14,7 @@ import pytest
 from flax import nnx, traverse_util
 from transformers import CLIPConfig, RobertaConfig
 
-from fedbbpt_jax.black_box.frozen import clip_classifier, masked_lm_classifier, query_only
+from fedbbpt_jax.black_box.frozen import clip_classifier, frozen, masked_lm_classifier, query_only
 from fedbbpt_jax.models.classifiers import MaskedText
 from fedbbpt_jax.models.clip import CLIP
 from fedbbpt_jax.models.loading import PretrainedCLIP, PretrainedText, load_clip
@@ -413,3 +413,22 @@ def test_the_error_of_a_wrong_query_holds_no_weight(kind, query):
 def test_a_query_has_room_for_a_prompt_and_inputs_only():
     """No labels, no parameters, no keys."""
     assert Query._fields == ("prompt", "inputs")
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 4, 4, 3), (1, 1, 3, 4, 4, 3), (2, 1, 2, 4, 4, 3)])
+def test_a_prompt_for_other_clients_or_examples_is_refused(shape):
+    """Inputs of one client and two examples; nothing is broadcast by chance."""
+    box = query_only(frozen(Summed()))
+    with pytest.raises(ValueError, match=r"for 1 clients and 2 examples"):
+        box(Query(jnp.zeros(shape), jnp.zeros((1, 2, 4, 4, 3))))
+
+
+class Summed(nnx.Module):
+    """A classifier of pixels without weights."""
+
+    def __call__(self, prompts, inputs):
+        return (prompts + inputs).sum((1, 2))
+
+    @staticmethod
+    def prompt_rank(prompts):
+        return 3

@@ -218,6 +218,14 @@ def texts():
     return masked_lm, VerbalizedClassifier(masked_lm, np.array([7, 30, 5]), MASK), MaskedText(ids, attended)
 
 
+def test_a_text_without_a_mask_has_no_score(texts):
+    _, classifier, text = texts
+    ids = np.where(np.arange(len(text.ids))[:, None] == 1, np.where(text.ids == MASK, 5, text.ids), text.ids)
+    scores = np.asarray(classifier(jnp.zeros((len(ids), 0), jnp.int32), text._replace(ids=ids)))
+    assert np.isnan(scores[1]).all()
+    assert np.isfinite(np.delete(scores, 1, axis=0)).all()
+
+
 def test_scores_are_those_of_the_language_model_at_the_mask(texts):
     masked_lm, classifier, text = texts
     prompts = np.random.default_rng(1).integers(4, MASK, (6, 4)).astype(np.int32)
