@@ -16,7 +16,7 @@ from jax import Array
 PyTree = Any
 Params = PyTree
 Schedule = Callable[[Array], Array]
-ScalarOrSchedule = float | Schedule
+ScalarOrSchedule = float | Array | Schedule
 
 
 class Query(NamedTuple):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import optax
 from jax import Array
 
+from fedbbpt_jax.estimators.spsa import if_answered
 from fedbbpt_jax.types import EstimateInfo, Estimator, Optimizer, Params, PyTree
 
 
@@ -23,8 +22,8 @@ class DescentState(NamedTuple):
 def descent(estimator: Estimator, tx: optax.GradientTransformation) -> Optimizer:
     """Returns the optimizer that applies `tx` to each estimate.
 
-    A step without a single usable answer leaves the numbers of parameters and states as they were. It counts as a step
-    all the same, so that counters are equal on all clients and need not be sent.
+    A step without a single usable answer leaves the numbers of parameters and transformation as they were. It counts as
+    a step all the same, so that counters are equal on all clients and need not be sent.
 
     Example:
       >>> from fedbbpt_jax.estimators.directions import rademacher
@@ -44,12 +43,8 @@ def descent(estimator: Estimator, tx: optax.GradientTransformation) -> Optimizer
         gradient, inner, info = estimator.estimate(key, state.estimator, state.params, losses, valid)
         updates, outer = tx.update(gradient, state.transformation, state.params)
         moved = DescentState(optax.apply_updates(state.params, updates), inner, outer)
-        answered = info.num_directions > 0
-
-        def keep_unless_answered(new: Array, old: Array) -> Array:
-            return new if jnp.issubdtype(new.dtype, jnp.integer) else jnp.where(answered, new, old)
-
-        return jax.tree.map(keep_unless_answered, moved, state), info
+        # Estimators look after failed answers themselves: some learn from a step that gives no estimate.
+        return if_answered(info.num_directions > 0, moved, state)._replace(estimator=inner), info
 
     return Optimizer(init, ask, tell, lambda state: state.params, estimator.num_candidates)
 

@@ -50,7 +50,7 @@ def test_spsa_gc_follows_the_published_recursion(key):
     w, m = np.zeros(4), np.zeros(4)
     for t in range(1, 31):
         step_key = jax.random.fold_in(key, t)
-        deltas = [np.asarray(directions.sample(jax.random.fold_in(step_key, j), jnp.zeros(4)), "d") for j in range(5)]
+        deltas = [np.asarray(directions.sample(step_key, j, jnp.zeros(4)), "d") for j in range(5)]
         size = c / t**gamma
         g = np.mean([(loss(w + size * x, np) - loss(w - size * x, np)) / (2 * size * x) for x in deltas], axis=0)
         m = g if t == 1 else beta * m + g
