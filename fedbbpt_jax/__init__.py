@@ -7,8 +7,37 @@ losses. A federated round is a pipeline of pure stages with one hole, the evalua
 from fedbbpt_jax.black_box.frozen import clip_classifier, masked_lm_classifier, query_only
 from fedbbpt_jax.data.partition import dirichlet, iid
 from fedbbpt_jax.data.tasks import load_task
-from fedbbpt_jax.estimators.directions import Directions, rademacher, segmented_uniform
-from fedbbpt_jax.estimators.spsa import one_sided_spsa, spsa
+from fedbbpt_jax.estimators.catalogue import ESTIMATORS, find_estimator
+from fedbbpt_jax.estimators.directions import (
+    Directions,
+    coordinate,
+    gaussian,
+    rademacher,
+    segmented_uniform,
+    segmented_uniform_projection,
+    sparse,
+    sphere,
+)
+from fedbbpt_jax.estimators.guided import guided_spsa
+from fedbbpt_jax.estimators.policy_gradient import bdpl, policy_gradient
+from fedbbpt_jax.estimators.quadratic import quadratic_landscape
+from fedbbpt_jax.estimators.reduction import (
+    with_anchor,
+    with_averaging,
+    with_control_variate,
+    with_shaped_losses,
+    with_transformation,
+)
+from fedbbpt_jax.estimators.spsa import one_sided_spsa, residual_feedback, spsa
+from fedbbpt_jax.estimators.structured import hadamard, lattice, low_rank, orthogonal, subspace
+from fedbbpt_jax.estimators.variance import (
+    Landscape,
+    Measurement,
+    best_perturbation_size,
+    draw_trials,
+    measure,
+    measure_sizes,
+)
 from fedbbpt_jax.federated.averaging import isolated, weighted_mean
 from fedbbpt_jax.federated.cohort import ClientData, draw_cohort, pack
 from fedbbpt_jax.federated.placement import compile_rounds

@@ -1,4 +1,4 @@
-"""The command line: `fedbbpt run` and `fedbbpt list`."""
+"""The command line: `fedbbpt run`, `fedbbpt variance` and `fedbbpt list`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
@@ -20,13 +20,15 @@ from fedbbpt_jax.data.tasks import descriptions
 from fedbbpt_jax.errors import FedBBPTError, OutputError
 from fedbbpt_jax.training.compare import run_seeds, variants
 from fedbbpt_jax.training.experiment import (
-    ESTIMATORS,
     GENERATORS,
     MODELS,
     Experiment,
+    estimator_descriptions,
     requests_per_round,
     resolve,
 )
+from fedbbpt_jax.training.laboratory import Study, run_study
+from fedbbpt_jax.training.laboratory_report import closing_lines, study_table, write_parquet, write_study_figure
 from fedbbpt_jax.training.prepare import prepare
 from fedbbpt_jax.training.records import append_row, create_folder, summarise, write_config, write_json, write_prompt
 from fedbbpt_jax.training.report import heading, summary_table, write_accuracy_figure, write_prompt_figure
@@ -75,8 +77,26 @@ class List:
     json: str | None = None
 
 
+@dataclass(frozen=True)
+class Variance:
+    """Measures gradient estimators against the true gradient: what their error is made of, beside theory.
+
+    Attributes:
+      study: what to measure.
+      output_dir: a new folder for the results; runs/variance-<time> if left out.
+      json: write the findings as JSON to this file, - for standard output.
+      quiet: print nothing but errors.
+    """
+
+    study: tyro.conf.OmitArgPrefixes[Study] = field(default_factory=Study)
+    output_dir: Path | None = None
+    json: str | None = None
+    quiet: bool = False
+
+
 Command = (
     Annotated[Run, tyro.conf.subcommand("run", prefix_name=False)]
+    | Annotated[Variance, tyro.conf.subcommand("variance", prefix_name=False)]
     | Annotated[List, tyro.conf.subcommand("list", prefix_name=False)]
 )
 
@@ -89,12 +109,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     command = tyro.cli(Command, prog="fedbbpt", description=__doc__, args=arguments)
     try:
-        return list_command(command) if isinstance(command, List) else run_command(command)
+        match command:
+            case List():
+                return list_command(command)
+            case Variance():
+                return variance_command(command)
+            case _:
+                return run_command(command)
     except (FedBBPTError, ValueError) as error:
         print(f"fedbbpt: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        print("fedbbpt: interrupted before the first round", file=sys.stderr)
+        print("fedbbpt: interrupted before anything was measured", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
@@ -103,7 +129,7 @@ def list_command(command: List) -> int:
     entries = {
         "tasks": descriptions(),
         "models": MODELS,
-        "estimators": ESTIMATORS,
+        "estimators": estimator_descriptions(),
         "generators": GENERATORS,
     }[command.kind]
     if command.json is not None:
@@ -142,6 +168,27 @@ def run_command(command: Run) -> int:
     if command.json is not None:
         _write_json_to(command.json, summarise(results))
     return EXIT_INTERRUPTED if interrupted else 0
+
+
+def variance_command(command: Variance) -> int:
+    """Makes one study into one new folder."""
+    folder = command.output_dir or Path("runs") / f"variance-{time.strftime('%Y%m%d-%H%M%S')}"
+    _check_json_target(command.json, folder)
+    console = Console(quiet=command.quiet, stderr=True)
+    with console.status("drawing trials") as status:
+        findings = run_study(command.study, lambda line: status.update(line))
+    create_folder(folder)
+    content = {"study": asdict(command.study), **findings._asdict()}
+    write_json(folder / "variance.json", content)
+    write_parquet(folder / "variance.parquet", findings)
+    write_study_figure(folder / "variance.png", findings)
+    console.print(study_table(findings))
+    for line in closing_lines(findings):
+        console.print(line, highlight=False)
+    console.print(f"results in {folder}")
+    if command.json is not None:
+        _write_json_to(command.json, content)
+    return 0
 
 
 def _experiments(command: Run, seed: int) -> dict[str, Experiment]:

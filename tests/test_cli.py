@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from fedbbpt_jax import cli
 from fedbbpt_jax.data.tasks import descriptions, load_task
 from fedbbpt_jax.pretrained import MINI_CLIP
-from fedbbpt_jax.training.experiment import ESTIMATORS, GENERATORS, MODELS, Experiment
+from fedbbpt_jax.training.experiment import GENERATORS, MODELS, Experiment, estimator_descriptions
 from fedbbpt_jax.training.run import run
 
 FILES = {"config.json", "metrics.jsonl", "summary.json", "prompt.safetensors", "accuracy.png", "prompt.png"}
@@ -51,7 +51,7 @@ def test_version(capsys):
 KINDS = {
     "tasks": descriptions(),
     "models": MODELS,
-    "estimators": ESTIMATORS,
+    "estimators": estimator_descriptions(),
     "generators": GENERATORS,
 }
 

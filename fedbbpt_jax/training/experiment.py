@@ -13,8 +13,9 @@ import tyro
 
 from fedbbpt_jax.black_box.frozen import Precision
 from fedbbpt_jax.data.partition import dirichlet, iid
-from fedbbpt_jax.estimators.directions import rademacher, segmented_uniform
-from fedbbpt_jax.estimators.spsa import one_sided_spsa, spsa
+from fedbbpt_jax.estimators.catalogue import ESTIMATORS, find_estimator
+from fedbbpt_jax.estimators.directions import segmented_uniform
+from fedbbpt_jax.estimators.spsa import spsa
 from fedbbpt_jax.federated.averaging import isolated, weighted_mean
 from fedbbpt_jax.objectives import cross_entropy
 from fedbbpt_jax.optimizers.descent import descent, spsa_gc_perturbation_size, spsa_gc_transformation
@@ -31,12 +32,14 @@ GENERATORS = {
     "coordinator": "a prompt per image, decoded from its features (--encoder) and a trigger: BlackVIP's 9,920 at 224",
 }
 
-ESTIMATORS = {
-    "spsa": "two-sided, Rademacher directions, K = 2q evaluations per step (the default)",
-    "spsa-one-sided": "one-sided with a shared base point, Rademacher directions, K = q + 1",
-    "spsa-segmented": "two-sided, segmented uniform directions, K = 2q",
-    "spsa-gc": "BlackVIP as published: segmented uniform directions, momentum, decaying steps; ignores --optimizer",
-}
+SPSA_GC = "spsa-gc"
+"""BlackVIP as published, an estimator with an optimizer of its own."""
+
+
+def estimator_descriptions() -> dict[str, str]:
+    """Returns a line for each estimator that an experiment can name."""
+    published = "BlackVIP as published: segmented uniform directions, momentum, decaying steps; ignores --optimizer"
+    return {name: entry.description for name, entry in ESTIMATORS.items()} | {SPSA_GC: published}
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Experiment:
       num_rounds: rounds; if left out, as many as the budget allows.
       local_steps: steps of each client between two aggregations.
       batch_size: examples per step.
-      estimator: of the gradient (`fedbbpt list estimators`).
+      estimator: of the gradient (`fedbbpt list estimators`), or module:factory of your own.
       num_directions: directions per step.
       perturbation_size: in pixel units; by estimator if left out.
       optimizer: what is done with the estimate.
@@ -88,7 +91,7 @@ class Experiment:
     num_rounds: int | None = None
     local_steps: int = 4
     batch_size: int = 4
-    estimator: Literal["spsa", "spsa-one-sided", "spsa-segmented", "spsa-gc"] = "spsa"
+    estimator: str = "spsa"
     num_directions: int = 5
     perturbation_size: float | None = None
     optimizer: Literal["adam", "sgd"] = "adam"
@@ -130,7 +133,7 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
     if cohort > e.num_clients:
         raise ValueError(f"--cohort must be at most --num-clients {e.num_clients}, got {cohort}")
     _parse_partition(e.partition)
-    published = e.estimator == "spsa-gc"
+    published = e.estimator == SPSA_GC
     lr = e.lr or (0.01 if published else 0.03 if e.optimizer == "adam" else 0.02)
     size = e.perturbation_size or (0.01 if published else 0.05)
     requests = requests_per_round(e)
@@ -152,7 +155,8 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
 def requests_per_round(experiment: Experiment) -> int:
     """Returns C·K·T·B, the requests of one round."""
     e = experiment
-    num_candidates = e.num_directions + 1 if e.estimator == "spsa-one-sided" else 2 * e.num_directions
+    entry = find_estimator("spsa" if e.estimator == SPSA_GC else e.estimator)
+    num_candidates = entry.build(e.num_directions, 1.0).num_candidates
     return (e.cohort or e.num_clients) * num_candidates * e.local_steps * e.batch_size
 
 
@@ -206,12 +210,11 @@ def build_optimizer(experiment: ResolvedExperiment) -> Optimizer:
     """Returns the client's optimizer of a resolved experiment."""
     e = experiment
     num_steps = e.num_rounds * e.local_steps
-    if e.estimator == "spsa-gc":
-        estimator = spsa(segmented_uniform(), e.num_directions, spsa_gc_perturbation_size(e.perturbation_size))
-        return descent(estimator, spsa_gc_transformation(e.lr))
+    if e.estimator == SPSA_GC:
+        return descent(build_estimator(e), spsa_gc_transformation(e.lr))
     rate = optax.cosine_decay_schedule(e.lr, num_steps, alpha=0.3)
     tx = optax.adam(rate, b2=0.99) if e.optimizer == "adam" else optax.sgd(rate)
-    return descent(_build_estimator(e), tx)
+    return descent(build_estimator(e), tx)
 
 
 def build_federation(experiment: Experiment) -> Federation:
@@ -219,14 +222,12 @@ def build_federation(experiment: Experiment) -> Federation:
     return weighted_mean() if experiment.federation == "fedavg" else isolated(experiment.num_clients)
 
 
-def _build_estimator(e: ResolvedExperiment) -> Estimator:
-    match e.estimator:
-        case "spsa-one-sided":
-            return one_sided_spsa(rademacher(), e.num_directions, e.perturbation_size)
-        case "spsa-segmented":
-            return spsa(segmented_uniform(), e.num_directions, e.perturbation_size)
-        case _:
-            return spsa(rademacher(), e.num_directions, e.perturbation_size)
+def build_estimator(experiment: ResolvedExperiment) -> Estimator:
+    """Returns the gradient estimator of a resolved experiment."""
+    e = experiment
+    if e.estimator == SPSA_GC:
+        return spsa(segmented_uniform(), e.num_directions, spsa_gc_perturbation_size(e.perturbation_size))
+    return find_estimator(e.estimator).build(e.num_directions, e.perturbation_size)
 
 
 def _parse_partition(partition: str) -> float | None:
