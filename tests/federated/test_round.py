@@ -55,7 +55,7 @@ def slow_round(key, params, adam, cohort: Cohort):
             g = np.zeros(4)
             for j in range(2):
                 tree = {"shift": jnp.zeros(4)}
-                delta = np.asarray(rademacher().sample(jax.random.fold_in(step_key, j), tree)["shift"], "d")
+                delta = np.asarray(rademacher().sample(step_key, j, tree)["shift"], "d")
                 sides = []
                 for candidate in (x + 0.1 * delta, x - 0.1 * delta):
                     losses = []
