@@ -26,6 +26,8 @@ from fedbbpt_jax.estimators.reduction import (
 from fedbbpt_jax.estimators.spsa import SpsaState, one_sided_spsa, spsa
 from fedbbpt_jax.optimizers.descent import descent
 
+pytestmark = pytest.mark.slow  # compiles dozens of small programs
+
 QUICKLY = {
     "xla_backend_optimization_level": 0
 }  # programs that run once: better ones take longer to make than they save

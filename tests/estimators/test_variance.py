@@ -13,6 +13,8 @@ from fedbbpt_jax.estimators.structured import hadamard, subspace
 from fedbbpt_jax.estimators.theory import best_two_sided_size, expected_cosine, kappa
 from fedbbpt_jax.estimators.variance import best_perturbation_size, draw_trials, measure, measure_sizes
 
+pytestmark = pytest.mark.slow  # compiles dozens of small programs
+
 D = 32
 
 

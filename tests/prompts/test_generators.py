@@ -119,6 +119,7 @@ def torch_decoder(params):
     return decode, sum(p.numel() for p in decoder.parameters()) + params["trigger"].size
 
 
+@pytest.mark.slow
 def test_published_coordinator_equals_its_torch_layers(key):
     generator = coordinator(224, feature_size=768)
     params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(key, x.shape), generator.init(key))

@@ -65,6 +65,7 @@ def test_parquet_holds_both_tables(study):
     assert stored == found["rows"] + found["sweep"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_findings():
     small = Study(task="quadratic", estimators="spsa-hadamard", num_directions="2", trials=10)
     assert run_study(small) == run_study(small)
