@@ -50,7 +50,7 @@ class Study:
       perturbation_size: c of the first table; the sweep goes from 0.03 to 10 times it.
       trials: estimates per estimator and q.
       batch_size: examples of a minibatch.
-      answers: what the API does to its scores: exact, decimals:N, bfloat16 or noise:DEVIATION.
+      answers: what the API does to its scores (of quadratic: losses): exact, decimals:N, bfloat16 or noise:DEVIATION.
       precision: of the frozen model's matrix products.
       seed: of everything.
     """
