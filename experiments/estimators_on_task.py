@@ -3,8 +3,9 @@
     python experiments/estimators_on_task.py
 
 BlackVIP's SPSA-GC has its published defaults (c = 0.01, momentum, decays) and the better of the two step sizes tried so
-far on validation data of seeds 100-102 (0.002: 92.9 ± 0.4, 0.001: 92.6 ± 0.6; `--tune` runs the whole grid). Budgets are separate runs, each with its own schedule, so that the test part
-is used once per run. Writes `experiments/figures/estimators_on_task.png`.
+far on validation data of seeds 100-102 (0.002: 92.9 ± 0.4, 0.001: 92.6 ± 0.6; `--tune` runs the whole grid). Budgets
+are separate runs, each with its own schedule, so that the test part is used once per run. Writes
+`experiments/figures/estimators_on_task.png`.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from fedbbpt_jax.training.experiment import (
     requests_per_round,
     resolve,
 )
-from fedbbpt_jax.training.laboratory import Study, run_study
+from fedbbpt_jax.training.laboratory import Study, prepare_study, run_study
 from fedbbpt_jax.training.laboratory_report import closing_lines, study_table, write_parquet, write_study_figure
 from fedbbpt_jax.training.prepare import prepare
 from fedbbpt_jax.training.records import append_row, create_folder, summarise, write_config, write_json, write_prompt
@@ -175,9 +175,10 @@ def variance_command(command: Variance) -> int:
     folder = command.output_dir or Path("runs") / f"variance-{time.strftime('%Y%m%d-%H%M%S')}"
     _check_json_target(command.json, folder)
     console = Console(quiet=command.quiet, stderr=True)
-    with console.status("drawing trials") as status:
-        findings = run_study(command.study, lambda line: status.update(line))
+    landscape = prepare_study(command.study)  # bad input ends here, before anything is written
     create_folder(folder)
+    with console.status("drawing trials") as status:
+        findings = run_study(command.study, landscape, lambda line: status.update(line))
     content = {"study": asdict(command.study), **findings._asdict()}
     write_json(folder / "variance.json", content)
     write_parquet(folder / "variance.parquet", findings)

@@ -90,18 +90,25 @@ class Findings(NamedTuple):
     num_parameters: int
 
 
-def run_study(study: Study, on_row: Callable[[str], None] = lambda line: None) -> Findings:
+def prepare_study(study: Study) -> Landscape:
+    """Returns the landscape of a study; nothing is measured.
+
+    Raises:
+      ValueError, TaskError, CheckpointError: the study cannot be made as described.
+    """
+    _parse(study)
+    return _landscape(study)
+
+
+def run_study(study: Study, landscape: Landscape, on_row: Callable[[str], None] = lambda line: None) -> Findings:
     """Returns the findings of a study.
 
     Args:
       study: what to measure.
+      landscape: where, made by `prepare_study`.
       on_row: called with a line on what comes next.
-
-    Raises:
-      ValueError, TaskError, CheckpointError: the study cannot be made as described; nothing was measured.
     """
     names, counts = _parse(study)
-    landscape = _landscape(study)
     trials = draw_trials(landscape, jax.random.key(study.seed), study.trials)
     rows, sweep = [], []
     for name in names:

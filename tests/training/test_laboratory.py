@@ -15,7 +15,7 @@ from fedbbpt_jax.black_box import faults
 from fedbbpt_jax.estimators.catalogue import ESTIMATORS
 from fedbbpt_jax.estimators.variance import Measurement, draw_trials
 from fedbbpt_jax.training import laboratory
-from fedbbpt_jax.training.laboratory import SIZES_AROUND, Study, run_study
+from fedbbpt_jax.training.laboratory import SIZES_AROUND, Study, prepare_study, run_study
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 SMALL = ["--task", "quadratic", "--num-directions", "1,4", "--trials", "30", "--quiet"]
@@ -68,8 +68,9 @@ def test_parquet_holds_both_tables(study):
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_findings():
     small = Study(task="quadratic", estimators="spsa-hadamard", num_directions="2", trials=10)
-    assert run_study(small) == run_study(small)
-    assert run_study(small).rows != run_study(replace(small, seed=1)).rows
+    found, again, other = (run_study(s, prepare_study(s)) for s in (small, small, replace(small, seed=1)))
+    assert found == again
+    assert found.rows != other.rows
 
 
 BAD = {
@@ -110,7 +111,7 @@ def test_answers_are_what_they_say(key):
 
 @pytest.fixture(scope="module")
 def image_landscape():
-    return laboratory._landscape(Study(batch_size=4))
+    return prepare_study(Study(batch_size=4))
 
 
 @pytest.mark.slow
@@ -130,8 +131,8 @@ def test_the_true_gradient_of_the_images_is_that_of_finite_differences(image_lan
 def test_recommended_size_under_rounded_answers(answers):
     """Within a factor of 2 of the best of a grid that is finer than the one it was found on."""
     study = Study(estimators="spsa", num_directions="1", answers=answers, trials=100)
-    recommended = run_study(study).best_sizes["spsa"]
-    landscape = laboratory._landscape(study)
+    landscape = prepare_study(study)
+    recommended = run_study(study, landscape).best_sizes["spsa"]
     trials = draw_trials(landscape, jax.random.key(7), 100)
     grid = np.geomspace(2e-3, 1.0, 10)
     build = lambda c: ESTIMATORS["spsa"].build(1, c)  # noqa: E731
