@@ -60,7 +60,7 @@ ESTIMATORS: dict[str, Entry] = {
     "spsa-sphere": _two_sided("two-sided, uniform on a sphere", lambda q: d.sphere()),
     "spsa-coordinate": _two_sided("two-sided, random axes", lambda q: d.coordinate()),
     "spsa-sparse": _two_sided("two-sided, signs on a tenth of the numbers", lambda q: d.sparse(0.1)),
-    "spsa-orthogonal": _two_sided("two-sided, q orthogonal directions by QR, q up to d", lambda q: s.orthogonal(q)),
+    "spsa-orthogonal": _two_sided("two-sided, q orthogonal directions, q up to d", lambda q: s.orthogonal(q)),
     "spsa-hadamard": _two_sided("two-sided, randomised Hadamard rows: orthogonal signs", lambda q: s.hadamard()),
     "spsa-low-rank": _two_sided("two-sided, rank-1 signs for matrices", lambda q: s.low_rank(1)),
     "spsa-lattice": _two_sided("two-sided, quasi-random normal directions", lambda q: s.lattice()),

@@ -15,11 +15,15 @@ from jax.flatten_util import ravel_pytree
 
 from fedbbpt_jax.estimators.directions import Directions, itself
 from fedbbpt_jax.estimators.spsa import spsa
+from fedbbpt_jax.estimators.structured import orthonormal
 from fedbbpt_jax.types import Estimator, Params, PyTree, ScalarOrSchedule
 
 
 class GuidedState(NamedTuple):
-    """The state of the two-sided estimator, the last estimates `[history, d]`, newest first, and their number."""
+    """The state of the two-sided estimator, the last estimates `[history, d]`, newest first, and their number.
+
+    All may be averaged over clients, a basis of the estimates' span could not: it is made on use.
+    """
 
     inner: PyTree
     past: Array
@@ -53,43 +57,40 @@ def guided_spsa(
     """
     if history < 1 or not 0 <= share < 1:
         raise ValueError(f"expected history of at least 1 and share in [0, 1), got {history} and {share}")
-    num_candidates = spsa(_guided(jnp.zeros((1, 1)), 0.0), num_directions, perturbation_size).num_candidates
+
+    def inner(past: Array, share: Array | float) -> Estimator:
+        return spsa(_guided(orthonormal(past), share), num_directions, perturbation_size)
 
     def at(state: GuidedState) -> Estimator:
-        return spsa(
-            _guided(state.past, jnp.where(state.known >= history, share, 0.0)), num_directions, perturbation_size
-        )
+        return inner(state.past, jnp.where(state.known >= history, share, 0.0))
 
     def init(params: Params) -> GuidedState:
         size = ravel_pytree(params)[0].size
         if history > size:
             raise ValueError(f"history must be at most the number of parameters {size}, got {history}")
-        inner = spsa(_guided(jnp.zeros((1, size)), 0.0), num_directions, perturbation_size).init(params)
-        return GuidedState(inner, jnp.zeros((history, size)), jnp.zeros(()))
+        past = jnp.zeros((history, size))
+        return GuidedState(inner(past, 0.0).init(params), past, jnp.zeros(()))
 
     def perturb(key: Array, state: GuidedState, params: Params, k: Array) -> Params:
         return at(state).perturb(key, state.inner, params, k)
 
     def estimate(key: Array, state: GuidedState, params: Params, losses: Array, valid: Array):
-        gradient, inner, info = at(state).estimate(key, state.inner, params, losses, valid)
+        gradient, after, info = at(state).estimate(key, state.inner, params, losses, valid)
         answered = info.num_directions > 0
         past = jnp.concatenate([ravel_pytree(gradient)[0][None], state.past[:-1]])
-        after = GuidedState(inner, jnp.where(answered, past, state.past), state.known + answered)
-        return gradient, after, info
+        return gradient, GuidedState(after, jnp.where(answered, past, state.past), state.known + answered), info
 
-    return Estimator(init, perturb, estimate, num_candidates)
+    return Estimator(init, perturb, estimate, inner(jnp.zeros((1, 1)), 0.0).num_candidates)
 
 
-def _guided(past: Array, share: Array | float) -> Directions:
-    """Returns normal directions of which `share` of the variance lies in the span of `past` `[r, d]`."""
+def _guided(basis: Array, share: Array | float) -> Directions:
+    """Returns normal directions of which `share` of the variance lies in the span of `basis` `[r, d]`."""
 
     def sample(key: Array, j: Array | int, like: Params) -> Params:
         flat, unravel = ravel_pytree(like)
         everywhere_key, within_key = jax.random.split(jax.random.fold_in(key, j))
-        # A tilt by 1e-12 keeps the basis defined while fewer than r estimates are known; its share is 0 then.
-        basis = jnp.linalg.qr((past + 1e-12 * jnp.eye(past.shape[0], past.shape[1])).T).Q  # [d, r]
         everywhere = jax.random.normal(everywhere_key, flat.shape)
-        within = basis @ jax.random.normal(within_key, basis.shape[1:]) * jnp.sqrt(flat.size / basis.shape[1])
+        within = jax.random.normal(within_key, basis.shape[:1]) @ basis * jnp.sqrt(flat.size / basis.shape[0])
         return unravel((jnp.sqrt(1 - share) * everywhere + jnp.sqrt(share) * within).astype(jnp.float32))
 
     return Directions(sample, itself, variance=lambda d, q: float("nan"))

@@ -16,7 +16,7 @@ from fedbbpt_jax.types import Params
 
 
 def orthogonal(block_size: int) -> Directions:
-    r"""Returns directions that are orthogonal within blocks, by QR; each is uniform on the sphere of radius √d.
+    r"""Returns directions that are orthogonal within blocks; each is uniform on the sphere of radius √d.
 
     Variance $\sum_b (n_b/q)^2 (d/n_b - 1)$ over blocks of $n_b \le$ block_size directions: q = d = block_size gives
     the gradient itself. Costs d·block_size² operations for each direction; `hadamard` does nearly the same for d.
@@ -41,11 +41,8 @@ def orthogonal(block_size: int) -> Directions:
         flat, unravel = ravel_pytree(like)
         if block_size > flat.size:
             raise ValueError(f"{block_size} directions cannot be orthogonal in {flat.size} dimensions")
-        normal = jax.random.normal(jax.random.fold_in(key, j // block_size), (flat.size, block_size), jnp.float32)
-        q, r = jnp.linalg.qr(normal)
-        # QR alone fixes a sign of each column, by its first numbers; with that of R's diagonal they are uniform.
-        sign = jnp.where(jnp.diagonal(r)[j % block_size] < 0, -1.0, 1.0)
-        return unravel(sign * jnp.sqrt(flat.size) * q[:, j % block_size])
+        normal = jax.random.normal(jax.random.fold_in(key, j // block_size), (block_size, flat.size), jnp.float32)
+        return unravel(jnp.sqrt(flat.size) * orthonormal(normal)[j % block_size])
 
     def variance(d: int, q: int) -> float:
         blocks = [min(block_size, q - first) for first in range(0, q, block_size)]
@@ -188,6 +185,24 @@ def lattice(num_points: int = 4096, seed: int = 0) -> Directions:
         return unravel(jax.scipy.special.ndtri(inside).astype(jnp.float32))
 
     return Directions(sample, itself, variance=lambda d, q: (d + 1) / q)
+
+
+def orthonormal(vectors: Array) -> Array:
+    """Returns an orthonormal basis `[r, d]` of the span of vectors `[r, d]`, by Gram-Schmidt, each twice.
+
+    Of normal vectors it is uniformly distributed, without a choice of signs; a zero vector adds nothing. A library's QR
+    of thousands of matrices at once has been seen to hang on CPU (jaxlib 0.10), so none is used.
+    """
+
+    def add(basis: Array, row: tuple[Array, Array]) -> tuple[Array, None]:
+        i, vector = row
+        for _ in range(2):
+            vector = vector - (basis @ vector) @ basis
+            vector = vector / jnp.maximum(jnp.linalg.norm(vector), 1e-30)
+        return basis.at[i].set(vector), None
+
+    with jax.default_matmul_precision("highest"):
+        return jax.lax.scan(add, jnp.zeros_like(vectors), (jnp.arange(len(vectors)), vectors))[0]
 
 
 def _power_of_two(size: int) -> int:

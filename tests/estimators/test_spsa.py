@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.linalg
 
 from fedbbpt_jax.estimators.directions import gaussian, rademacher, segmented_uniform
+from fedbbpt_jax.estimators.guided import guided_spsa
 from fedbbpt_jax.estimators.reduction import (
     clipped,
     standardised,
@@ -33,10 +35,12 @@ UNBIASED = {
     "control-variate": with_control_variate(spsa(rademacher(), Q, C), 0.5),
     "anchor": with_anchor(spsa(rademacher(), Q, C), period=8),
     "averaged-control-variate": with_averaging(with_control_variate(spsa(rademacher(), Q, C), 0.5), 2),
+    "guided-by-nothing-yet": guided_spsa(Q, C, history=4),
     "anchored-control-variate": with_anchor(with_control_variate(one_sided_spsa(gaussian(), Q, C)), period=2),
 }
 BIASED = {
     "momentum": with_transformation(spsa(segmented_uniform(), Q, C), optax.trace(0.9, nesterov=True)),
+    "guided": guided_spsa(Q, C, history=2),
     "standardised": with_shaped_losses(residual_feedback(rademacher(), Q, C), standardised),
 }
 ESTIMATORS = {**UNBIASED, **BIASED}
@@ -251,6 +255,38 @@ def test_equals_numpy_with_the_same_directions(make, expected, key):
     deltas, duals = (np.float64(x) for x in drawn)
     wanted = expected(np.float64(POINTS), deltas, duals, [0.4 * 0.8**t for t in range(len(POINTS))])
     np.testing.assert_allclose(gradients, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_guided_directions_lean_towards_the_past(key):
+    """Their second moment is (1 - s) I + (s d/r) U Uᵀ, so is the mean estimate of a linear function; U spans the past."""
+    estimator = guided_spsa(1, C, history=2, share=0.5)
+    past = np.random.default_rng(3).normal(size=(2, 6))
+    state = estimator.init(POINT)._replace(past=jnp.asarray(past, jnp.float32), known=jnp.asarray(2.0))
+    keys = jax.random.split(key, 20_000)
+    drawn = jax.vmap(lambda key: (estimator.perturb(key, state, POINT, 0) - POINT) / C)(keys)
+    products = np.einsum("ni,nj->nij", *[np.float64(drawn)] * 2)
+    basis = scipy.linalg.orth(past.T)
+    wanted = 0.5 * np.eye(6) + 0.5 * 6 / 2 * basis @ basis.T
+    error = products.std(0) / np.sqrt(len(keys))
+    np.testing.assert_array_less(np.abs(products.mean(0) - wanted), 4 * error)
+
+
+def test_guided_remembers_the_last_estimates():
+    state, steps = runs("guided", 1.0, CLEAN)
+    np.testing.assert_array_equal(state.past, steps.gradient[:, :1:-1])
+    assert (np.asarray(state.known) == len(POINTS)).all()
+
+
+def test_guided_by_the_same_estimate_twice_stays_finite(key):
+    estimator = guided_spsa(1, C, history=2)
+    state = estimator.init(POINT)._replace(past=jnp.stack([POINT, POINT]), known=jnp.asarray(2.0))
+    assert jnp.isfinite(estimator.perturb(key, state, POINT, 0)).all()
+
+
+@pytest.mark.parametrize(("history", "share"), [(0, 0.5), (2, 1.0), (2, -0.1), (7, 0.5)])
+def test_guided_refuses_what_has_no_meaning(history, share):
+    with pytest.raises(ValueError, match="history"):
+        guided_spsa(Q, C, history=history, share=share).init(POINT)
 
 
 @pytest.mark.parametrize(("directions", "q"), [(segmented_uniform(), 1), (hadamard(), 5)])
