@@ -10,6 +10,7 @@ import fedbbpt_jax
 
 MODULES = sorted(m.name for m in pkgutil.walk_packages(fedbbpt_jax.__path__, "fedbbpt_jax."))
 FACTORIES = {
+    "black_box.faults": ["exact", "rounded", "bfloat16", "noisy"],
     "estimators.catalogue": ["find_estimator"],
     "estimators.directions": [
         "rademacher",
@@ -20,6 +21,7 @@ FACTORIES = {
         "coordinate",
         "sparse",
     ],
+    "estimators.guided": ["guided_spsa"],
     "estimators.policy_gradient": [
         "policy_gradient",
         "bdpl",
@@ -39,8 +41,10 @@ FACTORIES = {
         "clipped",
         "trimmed",
     ],
+    "estimators.quadratic": ["quadratic_landscape"],
     "estimators.spsa": ["spsa", "one_sided_spsa", "residual_feedback"],
     "estimators.structured": ["orthogonal", "hadamard", "low_rank", "subspace", "lattice"],
+    "estimators.variance": ["measure"],
     "federated.averaging": ["weighted_mean", "isolated"],
     "optimizers.descent": ["descent"],
     "prompts.coordinator": ["coordinator"],

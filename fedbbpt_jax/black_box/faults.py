@@ -13,7 +13,11 @@ Answer = Callable[[Array, Array], Array]
 
 
 def exact() -> Answer:
-    """Returns answers as they are."""
+    """Returns answers as they are.
+
+    >>> exact()(jnp.array([0.26]), jax.random.key(0))
+    Array([0.26], dtype=float32)
+    """
     return lambda scores, key: scores
 
 
@@ -27,7 +31,11 @@ def rounded(decimals: int) -> Answer:
 
 
 def bfloat16() -> Answer:
-    """Returns answers that went through bfloat16, with its 8 bits of precision."""
+    """Returns answers that went through bfloat16, with its 8 bits of precision.
+
+    >>> bfloat16()(jnp.array([100.3]), jax.random.key(0))
+    Array([100.5], dtype=float32)
+    """
     return lambda scores, key: scores.astype(jnp.bfloat16).astype(jnp.float32)
 
 
@@ -36,6 +44,9 @@ def noisy(deviation: float) -> Answer:
 
     Raises:
       ValueError: the deviation is negative.
+
+    >>> noisy(0.0)(jnp.array([0.5]), jax.random.key(0))
+    Array([0.5], dtype=float32)
     """
     if deviation < 0:
         raise ValueError(f"deviation must not be negative, got {deviation}")

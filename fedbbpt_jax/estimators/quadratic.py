@@ -38,6 +38,11 @@ def quadratic_landscape(
       batch_size: B, drawn with replacement.
       answer: `(losses, key) -> losses as answered`.
       seed: of all centres.
+
+    Example:
+      >>> landscape = quadratic_landscape(8, num_clients=3)
+      >>> landscape.client_gradients(landscape.params).shape
+      (3, 8)
     """
     rng = np.random.default_rng(seed)
     centres = 1 + client_spread * rng.standard_normal((num_clients, 1, d))

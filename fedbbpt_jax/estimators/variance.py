@@ -17,6 +17,7 @@ the API answers and adds rounding and noise, which grow as it falls. All errors 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -28,6 +29,8 @@ from jax.flatten_util import ravel_pytree
 from fedbbpt_jax.types import Estimator, Params, PyTree
 
 BLOCK = 256  # candidates that are evaluated by one call of one program, whatever the estimator
+# Perturbations and estimates are little work beside the evaluations, and are compiled anew for every estimator.
+compile_quickly = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 class Landscape(NamedTuple):
@@ -116,6 +119,14 @@ def measure(landscape: Landscape, estimator: Estimator, trials: Trials, *, num_w
       estimator: any; its perturbation and estimate are compiled, the model is not compiled again.
       trials: made by `draw_trials` of the same landscape.
       num_warmup: estimates made at the same point before the one that is measured, for estimators that remember.
+
+    Example:
+      >>> from fedbbpt_jax import quadratic_landscape, rademacher, spsa
+      >>> landscape = quadratic_landscape(8)
+      >>> trials = draw_trials(landscape, jax.random.key(0), 100)
+      >>> measured = measure(landscape, spsa(rademacher(), 4, 0.1), trials)
+      >>> measured.num_evaluations, measured.smoothing.value < 1e-6
+      (8, True)
     """
     return measure_sizes(landscape, lambda size: estimator, [1.0], trials, num_warmup=num_warmup)[0]
 
@@ -139,9 +150,10 @@ def measure_sizes(
     """
     play = _compiled(landscape, build, len(trials.keys))
     num_evaluations = build(jnp.ones(())).num_candidates
+    start = jax.jit(jax.vmap(lambda _: build(jnp.ones(())).init(landscape.params)))(trials.keys)
     measured = []
     for size in sizes:
-        states = jax.jit(jax.vmap(lambda _: build(jnp.ones(())).init(landscape.params)))(trials.keys)
+        states = start
         for step in reversed(range(num_warmup + 1)):  # the last is at the trials as they are
             keys = jax.vmap(jax.random.fold_in, (0, None))(trials.keys, step)
             draws = jax.tree.map(lambda x, shift=step: jnp.roll(x, shift, axis=0), trials.draws)
@@ -213,7 +225,7 @@ def _compiled(landscape: Landscape, build: Callable[[Array], Estimator], num_tri
     total = group * num_candidates
     padded = np.minimum(np.arange(-(-total // BLOCK) * BLOCK), total - 1).reshape(-1, BLOCK)  # [blocks, BLOCK]
 
-    @jax.jit
+    @compile_quickly
     def make(size: Array, rows: Array, keys: Array, states: PyTree, draws: PyTree) -> tuple[Params, PyTree]:
         def one(row: Array) -> Params:
             k, key, state = jnp.arange(num_candidates), keys[row], jax.tree.map(lambda x: x[row], states)
@@ -223,7 +235,7 @@ def _compiled(landscape: Landscape, build: Callable[[Array], Estimator], num_tri
         blocks = jax.tree.map(lambda x: x.reshape(total, *x.shape[2:])[padded], candidates)
         return blocks, jax.tree.map(lambda x: x[rows[padded // num_candidates]], draws)
 
-    @jax.jit
+    @compile_quickly
     def tell(size: Array, rows: Array, keys: Array, states: PyTree, blocks: Params, gradients: Array, answers: PyTree):
         def one(row, candidates, told):
             state = jax.tree.map(lambda x: x[row], states)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -29,7 +31,7 @@ from fedbbpt_jax.training.load import load_classifier, load_experiment_task
 
 Row = dict[str, Any]
 QUADRATIC = "quadratic"
-SIZES_AROUND = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+SIZES_AROUND = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Study:
       shots: training examples per class, over all clients.
       estimators: names separated by commas (`fedbbpt list estimators`), or module:factory of your own.
       num_directions: q, separated by commas.
-      perturbation_size: c of the first table; the sweep goes from 0.03 to 10 times it.
+      perturbation_size: c of the first table; the sweep goes from 0.003 to 10 times it.
       trials: estimates per estimator and q.
       batch_size: examples of a minibatch.
       answers: what the API does to its scores (of quadratic: losses): exact, decimals:N, bfloat16 or noise:DEVIATION.
@@ -67,7 +69,7 @@ class Study:
     num_directions: str = "1,4,16,64"
     perturbation_size: float = 0.05
     trials: int = 200
-    batch_size: int = 2
+    batch_size: int = 1
     answers: str = "exact"
     precision: Precision = "highest"
     seed: int = 0
@@ -80,7 +82,7 @@ class Findings(NamedTuple):
       rows: of the first table, one per estimator and q: every `Measurement` with its error, and `theory`, the variance
         of the directions' part by theory (None where there is no closed form).
       sweep: one per estimator and perturbation size, at the smallest q.
-      best_sizes: estimator to the perturbation size of least perturbation error.
+      best_sizes: estimator to the perturbation size of least perturbation error, within the sweep.
       num_parameters: d.
     """
 
@@ -110,14 +112,15 @@ def run_study(study: Study, landscape: Landscape, on_row: Callable[[str], None] 
     """
     names, counts = _parse(study)
     trials = draw_trials(landscape, jax.random.key(study.seed), study.trials)
-    rows, sweep = [], []
-    for name in names:
-        for q in counts:
-            on_row(f"{name}, {q} directions")
-            factors = SIZES_AROUND if q == counts[0] else (1.0,)
-            found = _measure_factors(study, landscape, trials, name, q, factors)
-            rows.append(found[factors.index(1.0)])
-            sweep += found if q == counts[0] else []
+
+    def measured(name: str, q: int) -> list[Row]:
+        on_row(f"{name}, {q} directions")
+        return _measure_factors(study, landscape, trials, name, q, SIZES_AROUND if q == counts[0] else (1.0,))
+
+    with ThreadPoolExecutor(max_workers=2) as pool:  # one is compiled while another is evaluated
+        found = list(pool.map(measured, *zip(*product(names, counts), strict=True)))
+    rows = [row for of_cell in found for row in of_cell if row["perturbation_size"] == study.perturbation_size]
+    sweep = [row for of_cell in found if len(of_cell) > 1 for row in of_cell]
     return Findings(rows, sweep, dict(_best_sizes(sweep)), len(trials.of_all))
 
 

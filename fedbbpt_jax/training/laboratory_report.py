@@ -36,7 +36,9 @@ def study_table(findings: Findings) -> Table:
 def closing_lines(findings: Findings) -> list[str]:
     """Returns what all estimators share, and the best perturbation size of each."""
     shared = ", ".join(f"{name} {_with_error(findings.rows[0], name)}" for name in ("minibatch", "clients"))
-    sizes = ", ".join(f"{name} {size:.2g}" for name, size in findings.best_sizes.items())
+    swept = [row["perturbation_size"] for row in findings.sweep]
+    edges = {min(swept): " or less", max(swept): " or more"}
+    sizes = ", ".join(f"{name} {size:.2g}{edges.get(size, '')}" for name, size in findings.best_sizes.items())
     return [f"of every error: {shared} ({findings.num_parameters} parameters)", f"best perturbation size: {sizes}"]
 
 
