@@ -258,7 +258,7 @@ def test_equals_numpy_with_the_same_directions(make, expected, key):
 
 
 def test_guided_directions_lean_towards_the_past(key):
-    """Their second moment is (1 - s) I + (s d/r) U Uᵀ, so is the mean estimate of a linear function; U spans the past."""
+    """Their second moment is (1 - s) I + (s d/r) U Uᵀ, where U spans the past."""
     estimator = guided_spsa(1, C, history=2, share=0.5)
     past = np.random.default_rng(3).normal(size=(2, 6))
     state = estimator.init(POINT)._replace(past=jnp.asarray(past, jnp.float32), known=jnp.asarray(2.0))
