@@ -227,7 +227,8 @@ def gumbel(temperature: float) -> Policy:
 
 
 def expected_loss(policy: Policy, params: Array, loss: Callable[[Array], Array]) -> Array:
-    """Returns J by enumerating all N^n prompts: the ground truth for tiny vocabularies; `jax.grad` gives its gradient.
+    """Returns J by enumerating all N^n prompts: the ground truth for tiny vocabularies. `jax.grad` gives its
+    gradient where no probability is 0.
 
     Args:
       policy: the distribution.
