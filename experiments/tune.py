@@ -17,9 +17,10 @@ import tyro
 
 from fedbbpt_jax.data.tasks import load_task
 from fedbbpt_jax.objectives import cross_entropy
+from fedbbpt_jax.training.build import build_generator
 from fedbbpt_jax.training.compare import variants
 from fedbbpt_jax.training.evaluate import compile_evaluation
-from fedbbpt_jax.training.experiment import Experiment, build_generator, resolve
+from fedbbpt_jax.training.experiment import Experiment, resolve
 from fedbbpt_jax.training.prepare import load_classifier, on_device
 from fedbbpt_jax.training.report import format_mean
 from fedbbpt_jax.training.run import run

@@ -5,7 +5,16 @@ losses. A federated round is a pipeline of pure stages with one hole, the evalua
 """
 
 from fedbbpt_jax.black_box.frozen import clip_classifier, masked_lm_classifier, query_only
-from fedbbpt_jax.data.partition import dirichlet, iid
+from fedbbpt_jax.data.client_shifts import shift_clients
+from fedbbpt_jax.data.partition import (
+    by_column,
+    dirichlet,
+    dirichlet_quantity,
+    find_partition,
+    iid,
+    pathological,
+    power_law,
+)
 from fedbbpt_jax.data.tasks import load_task
 from fedbbpt_jax.estimators.catalogue import ESTIMATORS, find_estimator
 from fedbbpt_jax.estimators.directions import (
@@ -38,10 +47,33 @@ from fedbbpt_jax.estimators.variance import (
     measure,
     measure_sizes,
 )
-from fedbbpt_jax.federated.averaging import isolated, weighted_mean
+from fedbbpt_jax.federated.averaging import (
+    is_optimizer_state,
+    is_personal,
+    isolated,
+    partly_shared,
+    weighted_mean,
+    weighted_mean_of_params,
+)
 from fedbbpt_jax.federated.cohort import ClientData, draw_cohort, pack
-from fedbbpt_jax.federated.placement import compile_rounds
+from fedbbpt_jax.federated.participation import (
+    Participation,
+    uniform_cohort,
+    weighted_cohort,
+    with_availability,
+    with_dropout,
+    with_equal_weights,
+)
+from fedbbpt_jax.federated.placement import (
+    compile_rounds,
+    host_rounds,
+    make_mesh,
+    place_clients,
+    replicate,
+    shard_rounds,
+)
 from fedbbpt_jax.federated.round import RoundInfo, federated_round
+from fedbbpt_jax.federated.server_optimizers import fedadam, fedavgm, fedyogi, with_server_optimizer
 from fedbbpt_jax.models.features import vit_features
 from fedbbpt_jax.models.loading import load_bert, load_clip, load_roberta, load_vit
 from fedbbpt_jax.objectives import cross_entropy
@@ -49,6 +81,7 @@ from fedbbpt_jax.optimizers.descent import descent, spsa_gc_perturbation_size, s
 from fedbbpt_jax.pretrained import MINI_CLIP
 from fedbbpt_jax.prompts.coordinator import coordinator
 from fedbbpt_jax.prompts.module import from_module
+from fedbbpt_jax.prompts.personal import personal
 from fedbbpt_jax.prompts.pixels import frame, full_overlay, low_resolution_overlay
 from fedbbpt_jax.training.evaluate import compile_evaluation
 from fedbbpt_jax.training.experiment import Experiment

@@ -11,11 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fedbbpt_jax.data.partition import PARTITIONS
 from fedbbpt_jax.data.tasks import descriptions
 from fedbbpt_jax.errors import FedBBPTError, OutputError
 from fedbbpt_jax.training.compare import run_seeds, variants
@@ -29,7 +31,9 @@ from fedbbpt_jax.training.experiment import (
 )
 from fedbbpt_jax.training.laboratory import Study, prepare_study, run_study
 from fedbbpt_jax.training.laboratory_report import closing_lines, study_table, write_parquet, write_study_figure
-from fedbbpt_jax.training.prepare import prepare
+from fedbbpt_jax.training.partition_report import partition_summary, partition_table, write_partition_figure
+from fedbbpt_jax.training.prepare import Setup, prepare
+from fedbbpt_jax.training.processes import Processes, connected, speaks
 from fedbbpt_jax.training.records import append_row, create_folder, summarise, write_config, write_json, write_prompt
 from fedbbpt_jax.training.report import heading, summary_table, write_accuracy_figure, write_prompt_figure
 from fedbbpt_jax.training.run import Row
@@ -51,17 +55,21 @@ class Run:
       experiment: what to run.
       seeds: several runs, as 0..4 or 0,3,7; overrides --seed.
       compare: run the baselines too, and report the share of the white-box gain that was recovered.
+      dry_run: show who would hold what, and end; nothing is queried, and written only to an --output-dir.
       output_dir: a new folder for the results; runs/<task>-<time> if left out.
       json: write the summary as JSON to this file, - for standard output.
       quiet: print nothing but errors.
+      processes: which make one mesh.
     """
 
     experiment: tyro.conf.OmitArgPrefixes[Experiment] = field(default_factory=Experiment)
     seeds: str | None = None
     compare: bool = False
+    dry_run: bool = False
     output_dir: Path | None = None
     json: str | None = None
     quiet: bool = False
+    processes: tyro.conf.OmitArgPrefixes[Processes] = field(default_factory=Processes)
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ class List:
       json: write the list as JSON to this file, - for standard output.
     """
 
-    kind: tyro.conf.Positional[Literal["tasks", "models", "estimators", "generators"]]
+    kind: tyro.conf.Positional[Literal["tasks", "models", "estimators", "generators", "partitions"]]
     json: str | None = None
 
 
@@ -115,7 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case Variance():
                 return variance_command(command)
             case _:
-                return run_command(command)
+                with connected(command.processes):
+                    return run_command(command)
     except (FedBBPTError, ValueError) as error:
         print(f"fedbbpt: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -131,6 +140,7 @@ def list_command(command: List) -> int:
         "models": MODELS,
         "estimators": estimator_descriptions(),
         "generators": GENERATORS,
+        "partitions": PARTITIONS,
     }[command.kind]
     if command.json is not None:
         _write_json_to(command.json, [{"name": n, "description": d} for n, d in entries.items()])
@@ -146,13 +156,18 @@ def run_command(command: Run) -> int:
     """Runs one experiment, several seeds of it, or each of them beside its baselines, into one new folder."""
     seeds = _parse_seeds(command)
     experiments = {seed: _experiments(command, seed) for seed in seeds}
-    for experiment in experiments[seeds[0]].values():  # bad input ends here, before anything is written
-        prepare(experiment)
+    setups = [prepare(e) for e in experiments[seeds[0]].values()]  # bad input ends here, before anything is written
+    if command.dry_run:
+        return _show_partition(command, setups[0])
+    if not speaks():
+        _, interrupted = run_seeds(experiments, lambda label, row: None, white_box=command.compare)
+        return EXIT_INTERRUPTED if interrupted else 0
     base = resolve(replace(command.experiment, seed=seeds[0]))
     folder = command.output_dir or Path("runs") / f"{base.task}-{time.strftime('%Y%m%d-%H%M%S')}"
     _check_json_target(command.json, folder)
     create_folder(folder)
     write_config(folder, base, seeds)
+    write_partition_figure(folder / "partition.png", *_who_holds_what(setups[0]))
     console = Console(quiet=command.quiet, stderr=True)
     with Progress(*_COLUMNS, console=console) as progress:
         on_row = _follower(folder, progress, experiments)
@@ -168,6 +183,27 @@ def run_command(command: Run) -> int:
     if command.json is not None:
         _write_json_to(command.json, summarise(results))
     return EXIT_INTERRUPTED if interrupted else 0
+
+
+def _show_partition(command: Run, setup: Setup) -> int:
+    """Prints who holds what, and writes it where a folder is named."""
+    parts, labels, names = _who_holds_what(setup)
+    summary = partition_summary(parts, labels, len(names))
+    console = Console(quiet=command.quiet, stderr=True)
+    console.print(partition_table(parts, labels, names))
+    figures = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in summary.items())
+    console.print(figures, highlight=False)
+    if command.output_dir is not None:
+        create_folder(command.output_dir)
+        write_partition_figure(command.output_dir / "partition.png", parts, labels, names)
+        console.print(f"figure in {command.output_dir}")
+    if command.json is not None:
+        _write_json_to(command.json, summary)
+    return 0
+
+
+def _who_holds_what(setup: Setup) -> tuple[Sequence[np.ndarray], np.ndarray, Sequence[str]]:
+    return setup.parts, setup.task.train.labels, setup.task.class_names
 
 
 def variance_command(command: Variance) -> int:

@@ -15,3 +15,7 @@ class TaskError(FedBBPTError):
 
 class OutputError(FedBBPTError):
     """A folder cannot take the results of a run: it holds another run or cannot be written."""
+
+
+class ProcessError(FedBBPTError):
+    """The processes of one run do not find each other, or do not agree."""

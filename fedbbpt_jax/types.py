@@ -108,12 +108,13 @@ class Cohort(NamedTuple):
     Attributes:
       ids: int32 `[C]`; keys are derived from ids, never from positions.
       weights: float32 `[C]`; 0 is padding, which asks nothing and counts for nothing.
-      batches: `[C, T, B, ...]`.
+      rows: of the clients' examples, int32 `[C, T, B]`; whoever evaluates takes the examples themselves, so that those
+        of a whole round are never in memory at once.
     """
 
     ids: Array
     weights: Array
-    batches: Examples
+    rows: Array
 
 
 class PromptGenerator(NamedTuple):

@@ -24,7 +24,9 @@ from fedbbpt_jax.pretrained import MINI_CLIP
 from fedbbpt_jax.training.experiment import GENERATORS, MODELS, Experiment, estimator_descriptions
 from fedbbpt_jax.training.run import run
 
-FILES = {"config.json", "metrics.jsonl", "summary.json", "prompt.safetensors", "accuracy.png", "prompt.png"}
+FILES = {"config.json", "metrics.jsonl", "summary.json", "prompt.safetensors"} | {
+    f"{name}.png" for name in ("accuracy", "partition", "prompt")
+}
 # 5 clients · 10 candidates · 4 steps · 8 examples are 1,600 requests per round.
 SIZES = ["--num-clients", "5", "--num-directions", "5", "--local-steps", "4", "--batch-size", "8", "--lr", "0.03"]
 TINY = [*SIZES, "--budget", "3200", "--eval-every", "1", "--quiet"]
@@ -181,16 +183,25 @@ def test_comparison_runs_all_baselines_at_equal_requests(tmp_path):
 
 BAD_INPUTS = {
     "unknown-task": (["sensr"], "unknown task 'sensr'; did you mean 'sensor'"),
-    "shots-500": (["--shots", "500"], "shots must be between 1 and 38"),
-    "shots-0": (["--shots", "0"], "--shots must be at least 1, got 0"),
-    "alpha-0": (["--partition", "dirichlet:0"], "--partition must be iid or dirichlet:ALPHA"),
-    "alpha-inf": (["--partition", "dirichlet:inf"], "--partition must be iid or dirichlet:ALPHA"),
+    "shots-0": (["--shots", "0"], "--shots must be positive and finite, got 0"),
+    "alpha-0": (["--partition", "dirichlet:0"], "--partition must be dirichlet:ALPHA with ALPHA > 0"),
+    "alpha-inf": (["--partition", "dirichlet:inf"], "--partition must be dirichlet:ALPHA with ALPHA > 0"),
     "clients-0": (["--num-clients", "0"], "--num-clients must be at least 1, got 0"),
     "clients-1000": (["--num-clients", "1000"], "--budget must pay for one round of "),
     "clients-1000-paid": (
-        ["--num-clients", "1000", "--budget", "1000000"],
+        ["--num-clients", "1000", "--budget", "1000000", "--shots", "16"],
         "160 examples cannot be split among 1000 clients",
     ),
+    "dropout-1": (["--dropout", "1"], "--dropout must be in [0, 1), got 1.0"),
+    "kept-apart": (
+        ["--federation", "isolated", "--client-state", "kept"],
+        "--client-state kept is of --federation fedavg",
+    ),
+    "no-server": (
+        ["--federation", "isolated", "--server-optimizer", "fedadam"],
+        "--server-optimizer has nothing to do",
+    ),
+    "placement": (["--placement", "shard"], "--placement shard needs a client for each of 8 devices, got 5"),
     "cohort-6": (["--cohort", "6"], "--cohort must be at most --num-clients 5, got 6"),
     "budget-10": (["--budget", "10"], "--budget must pay for one round of "),
     "budget-of-a-quarter": (["--compare", *SIZES, "--budget", "1600"], "--budget"),
@@ -321,6 +332,20 @@ def test_an_interrupt_while_a_later_seed_starts_keeps_the_earlier_ones(tmp_path,
     assert cli.main(["run", *TINY, "--seeds", "0..2", "--output-dir", str(tmp_path)]) == 130
     assert summary_of(tmp_path)["seed"] == 0
     assert "before the first round" not in capsys.readouterr().err
+
+
+def test_a_dry_run_shows_who_would_hold_what(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["run", "--dry-run", "--partition", "pathological:2", "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["mean_classes"] == 2
+    assert len([line for line in err.splitlines() if line.split()[:1] in (["0"], ["1"], ["2"], ["3"], ["4"])]) == 5
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_draws_it_where_a_folder_is_named(tmp_path):
+    assert cli.main(["run", "--dry-run", "--output-dir", str(tmp_path / "dry")]) == 0
+    assert [file.name for file in (tmp_path / "dry").iterdir()] == ["partition.png"]
 
 
 @pytest.mark.slow

@@ -45,11 +45,23 @@ FACTORIES = {
     "estimators.spsa": ["spsa", "one_sided_spsa", "residual_feedback"],
     "estimators.structured": ["orthogonal", "hadamard", "low_rank", "subspace", "lattice"],
     "estimators.variance": ["measure"],
-    "federated.averaging": ["weighted_mean", "isolated"],
+    "federated.averaging": ["weighted_mean", "weighted_mean_of_params", "partly_shared", "isolated"],
+    "federated.server_optimizers": ["with_server_optimizer", "fedavgm", "fedadam", "fedyogi"],
     "optimizers.descent": ["descent"],
     "prompts.coordinator": ["coordinator"],
+    "prompts.personal": ["personal"],
     "prompts.pixels": ["full_overlay", "low_resolution_overlay", "frame"],
-    "data.partition": ["iid", "dirichlet"],
+    "data.client_shifts": ["shift_clients"],
+    "data.contingency": ["apportion", "draw_without_replacement", "traded"],
+    "data.partition": [
+        "find_partition",
+        "iid",
+        "dirichlet",
+        "dirichlet_quantity",
+        "pathological",
+        "power_law",
+        "by_column",
+    ],
 }
 
 

@@ -13,6 +13,8 @@ from fedbbpt_jax.data.images import grid_means
 from fedbbpt_jax.errors import TaskError
 from fedbbpt_jax.types import Examples, Task
 
+MIN_VALIDATION = 8  # scans per class that are kept from training, however many shots are asked for
+
 Shift = Callable[[np.ndarray, Scans, Scans, np.random.Generator, bool], np.ndarray]
 """`(clean images, their scans, all scans of the part, rng, whether this is the test part) -> images`."""
 
@@ -57,10 +59,10 @@ def load_digit_task(name: str, *, shots: int = 16, seed: int = 0) -> Task:
     """Returns the task `name` of `DIGIT_TASKS` with `shots` training examples per class drawn by `seed`.
 
     Test scans, and how they are painted, are the same for every seed. Validation takes the rest of the pool, up to 24
-    scans per class.
+    scans per class. Where more shots are asked for than there are scans, every shot is a painting of its own.
 
     Raises:
-      TaskError: the shots are not between 1 and what the pool holds.
+      TaskError: the shots are not positive.
       KeyError: the name is not in the table; `load_task` says it in words.
     """
     shift = DIGIT_TASKS[name].shift
@@ -88,15 +90,15 @@ def load_digit_task(name: str, *, shots: int = 16, seed: int = 0) -> Task:
 
 
 def _draw_shots(pool: Scans, shots: int, seed: int, max_validation: int = 24) -> tuple[Scans, Scans]:
+    """Returns scans to train on and to validate on. Of more shots than there are scans, a class's are used again."""
+    if shots < 1:
+        raise TaskError(f"shots must be at least 1, got {shots}")
     fewest = int(np.bincount(pool.classes).min())
-    if not 1 <= shots < fewest:
-        raise TaskError(
-            f"shots must be between 1 and {fewest - 1} per class (some are kept for validation), got {shots}"
-        )
+    distinct = shots if shots < fewest else fewest - MIN_VALIDATION
     rng = np.random.default_rng((seed, 0))
     rows = [rng.permutation(np.flatnonzero(pool.classes == label)) for label in np.unique(pool.classes)]
-    train = np.concatenate([r[:shots] for r in rows])
-    validation = np.concatenate([r[shots : shots + max_validation] for r in rows])
+    train = np.concatenate([np.resize(r[:distinct], shots) for r in rows])
+    validation = np.concatenate([r[distinct : distinct + max_validation] for r in rows])
     return pool.take(train), pool.take(validation)
 
 

@@ -95,7 +95,7 @@ def policy_gradient(policy: Policy, num_samples: int, baseline: Baseline) -> Est
         means = masked_mean(losses, valid, axis=1)
         advantages = means - baseline(means, answered, jax.lax.map(lambda k: (score(k) ** 2).sum(), samples))
         weights = jnp.where(answered, advantages, 0.0) / jnp.maximum(answered.sum(), 1)
-        zeros = jnp.zeros(params.shape, jnp.float32)
+        zeros = jnp.zeros_like(params, jnp.float32)
         gradient, _ = jax.lax.scan(lambda g, k: (g + weights[k] * score(k), None), zeros, samples)
         return gradient, PolicyState(state.step + 1), estimate_info(gradient, answered, losses, valid)
 

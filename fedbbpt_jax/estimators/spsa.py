@@ -188,7 +188,7 @@ def combine(directions: Directions, key: Array, params: Params, slopes: Array, u
         dual = directions.dual(directions.sample(key, j, params))
         return jax.tree.map(lambda t, x: t + weight * x, total, dual), None
 
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)  # varies over devices as they do
     return jax.lax.scan(add, zeros, (jnp.arange(len(slopes)), weights))[0]
 
 

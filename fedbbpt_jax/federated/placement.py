@@ -1,33 +1,49 @@
-"""Where the stages of a round run. One placement so far: everything compiled into one program on one device."""
+"""Where the stages of a round run: in one program on one device, over a mesh of devices, or around a box on the host.
+
+All three play the same round body with the same draws: client i's keys, minibatches and directions are functions of its
+id. So they agree to the rounding of sums.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from fedbbpt_jax.federated.cohort import ClientData, draw_cohort
-from fedbbpt_jax.federated.round import RoundInfo, candidate_loss, federated_round
-from fedbbpt_jax.types import BlackBox, Examples, Method, PyTree
+from fedbbpt_jax.federated.cohort import ClientData, clients_per_shard, draw_cohort, draw_rows
+from fedbbpt_jax.federated.participation import Participation
+from fedbbpt_jax.federated.round import (
+    Evaluate,
+    RoundInfo,
+    candidate_prompt,
+    federated_round,
+    response_losses,
+)
+from fedbbpt_jax.types import BlackBox, Cohort, Examples, Method, PyTree, Query
 
 RunRounds = Callable[[BlackBox, PyTree, ClientData, Array, Array], tuple[PyTree, RoundInfo]]
+"""`(box, server, clients, key, rounds [R]) -> (server, RoundInfo [R])`; a negative round number is skipped, so that
+segments of unequal length share one compilation."""
+CLIENTS = "clients"  # the axis of a mesh
+OneRound = Callable[[BlackBox, ClientData, Array, PyTree, Array], tuple[PyTree, RoundInfo]]
 
 
 def compile_rounds(
-    method: Method, *, cohort_size: int, local_steps: int, batch_size: int, chunk_size: int = 16
+    method: Method, participation: Participation, *, local_steps: int, batch_size: int, chunk_size: int = 16
 ) -> RunRounds:
-    """Returns a compiled `(box, server, clients, key, rounds [R]) -> (server, RoundInfo [R])`.
+    """Returns rounds as one compiled program on one device.
 
     Clients are vmapped, candidates of all clients are mapped in chunks, local steps and rounds are scanned. The box's
-    weights and the clients' data enter as arguments. A negative round number is skipped, so that segments of unequal
-    length share one compilation.
+    weights and the clients' data enter as arguments.
 
     Args:
       method: generator, objective, optimizer and federation.
-      cohort_size: C, clients per round.
+      participation: who takes part.
       local_steps: T, steps between two aggregations.
       batch_size: B, examples per step.
       chunk_size: candidates in flight at once. Memory grows with chunk_size·B, not with C·K; the default is the
@@ -36,47 +52,217 @@ def compile_rounds(
     Raises:
       ValueError: a size is not positive.
     """
-    sizes = {"cohort_size": cohort_size, "local_steps": local_steps, "batch_size": batch_size, "chunk_size": chunk_size}
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {size}")
+    _check(local_steps=local_steps, batch_size=batch_size, chunk_size=chunk_size)
+
+    def one_round(box: BlackBox, clients: ClientData, key: Array, server: PyTree, index: Array):
+        cohort_key, client_key = jax.random.split(jax.random.fold_in(key, index))
+        cohort = draw_cohort(cohort_key, index, clients, participation, local_steps, batch_size)
+        return federated_round(method, _in_chunks(method, box, clients, chunk_size), client_key, server, cohort)
+
+    return jax.jit(partial(_scan_rounds, one_round))
+
+
+def shard_rounds(
+    method: Method,
+    participation: Participation,
+    mesh: Mesh,
+    *,
+    local_steps: int,
+    batch_size: int,
+    chunk_size: int = 16,
+) -> RunRounds:
+    """Returns rounds as one compiled program over a mesh; the clients' examples never leave their device.
+
+    Every device draws the same cohort and plays those of its clients that are in it, at most as many as it holds; the
+    free places are of weight 0 and are not asked. Sums over clients are sums over devices too, so that unequal weights
+    come out right; the server's state is the same everywhere, which JAX's replication check proves.
+
+    Args:
+      method: as for `compile_rounds`, and so are the sizes.
+      participation: who takes part.
+      mesh: of one axis "clients" (`make_mesh`); `place_clients` and `replicate` put data and weights on it.
+
+    Raises:
+      ValueError: a size is not positive.
+    """
+    _check(local_steps=local_steps, batch_size=batch_size, chunk_size=chunk_size)
+
+    def total(x: Array) -> Array:
+        return jax.lax.psum(x.sum(0), CLIENTS)
+
+    def broadcast(server: PyTree, ids: Array) -> PyTree:
+        return jax.tree.map(_varying, method.federation.broadcast(server, ids))
+
+    spread = method._replace(federation=method.federation._replace(broadcast=broadcast))
+
+    def one_round(box: BlackBox, clients: ClientData, key: Array, server: PyTree, index: Array):
+        cohort_key, client_key = jax.random.split(jax.random.fold_in(key, index))
+        cohort = draw_own_cohort(cohort_key, index, clients)
+        evaluate = _in_chunks(method, box, clients, chunk_size, _varying)
+        return federated_round(spread, evaluate, client_key, server, cohort, total=total)
+
+    def draw_own_cohort(key: Array, index: Array, clients: ClientData) -> Cohort:
+        cohort_key, data_key = jax.random.split(key)
+        ids, weights = participation.draw(cohort_key, index, clients.sizes)
+        held = clients_per_shard(len(clients.sizes), mesh.shape[CLIENTS])
+        own = (ids // held == jax.lax.axis_index(CLIENTS)) & (weights > 0)
+        places = jnp.nonzero(own, size=min(held, len(ids)), fill_value=len(ids))[0]
+        # A free place repeats a client; whose rows it names is of no matter, nobody is asked.
+        ids, weights = ids.at[places].get(mode="clip"), weights.at[places].get(mode="fill", fill_value=0.0)
+        return Cohort(ids, weights, draw_rows(data_key, clients, ids, local_steps, batch_size))
+
+    everywhere = PartitionSpec()
+    spread_out = ClientData._make([PartitionSpec(CLIENTS), everywhere, everywhere, everywhere])
+    specs = everywhere, everywhere, spread_out, everywhere, everywhere
+    return jax.jit(
+        jax.shard_map(partial(_scan_rounds, one_round), mesh=mesh, in_specs=specs, out_specs=(everywhere, everywhere))
+    )
+
+
+def host_rounds(method: Method, participation: Participation, *, local_steps: int, batch_size: int) -> RunRounds:
+    """Returns rounds around a box that is called on the host with whole arrays: one query for each local step.
+
+    Asking and telling are compiled, the loops over rounds and steps are Python's. Clients that do not come are not
+    asked.
+
+    Args:
+      method: as for `compile_rounds`, and so are the sizes.
+      participation: who takes part.
+
+    Raises:
+      ValueError: a size is not positive; whatever the box raises passes through.
+    """
+    _check(local_steps=local_steps, batch_size=batch_size)
+    tell, aggregate = jax.jit(method.optimizer.tell), jax.jit(method.federation.aggregate, static_argnums=4)
+    around = method._replace(
+        optimizer=method.optimizer._replace(tell=tell), federation=method.federation._replace(aggregate=aggregate)
+    )
+    ks = jnp.arange(method.optimizer.num_candidates)
 
     @jax.jit
+    def draw(key: Array, index: Array, clients: ClientData) -> tuple[Cohort, Array]:
+        cohort_key, client_key = jax.random.split(jax.random.fold_in(key, index))
+        return draw_cohort(cohort_key, index, clients, participation, local_steps, batch_size), client_key
+
+    @jax.jit
+    def prompts(keys: Array, states: PyTree, features: Array) -> PyTree:
+        over_candidates = jax.vmap(partial(candidate_prompt, method), (None, None, 0, None))
+        return jax.vmap(over_candidates, (0, 0, None, 0))(keys, states, ks, features)
+
+    losses = jax.jit(partial(response_losses, method))
+
+    def evaluate(box: BlackBox, examples: Examples, keys: Array, states: PyTree, rows: Array, taking_part: Array):
+        present = jnp.flatnonzero(taking_part)
+        shape = (len(keys), len(ks), rows.shape[1])
+        if len(present) == 0:
+            return jnp.zeros(shape), jnp.zeros(shape, bool)
+        keys, states = jax.tree.map(lambda x: x[present], (keys, states))
+        batches = jax.tree.map(lambda x: jnp.asarray(x[rows[present]]), examples)
+        response = box(Query(prompts(keys, states, batches.features), batches.inputs))
+        found, valid = losses(jax.tree.map(jnp.asarray, response), batches.labels)
+        return jnp.zeros(shape).at[present].set(found), jnp.zeros(shape, bool).at[present].set(valid)
+
     def run_rounds(box: BlackBox, server: PyTree, clients: ClientData, key: Array, rounds: Array):
-        evaluate = partial(_evaluate_in_chunks, method, box, chunk_size)
-
-        def play(server: PyTree, index: Array) -> tuple[PyTree, RoundInfo]:
-            round_key = jax.random.fold_in(key, index)
-            cohort_key, client_key = jax.random.split(round_key)
-            cohort = draw_cohort(cohort_key, clients, cohort_size, local_steps, batch_size)
-            return federated_round(method, evaluate, lambda x: x.sum(0), client_key, server, cohort)
-
-        def skip(server: PyTree, index: Array) -> tuple[PyTree, RoundInfo]:
-            _, info = jax.eval_shape(play, server, index)
-            return server, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), info)
-
-        def play_or_skip(server: PyTree, index: Array) -> tuple[PyTree, RoundInfo]:
-            return jax.lax.cond(index >= 0, play, skip, server, index)
-
-        return jax.lax.scan(play_or_skip, server, rounds)
+        infos = []
+        for index in jnp.asarray(rounds)[jnp.asarray(rounds) >= 0]:
+            cohort, client_key = draw(key, index, clients)
+            server, info = federated_round(
+                around, partial(evaluate, box, clients.examples), client_key, server, cohort, scan=_loop
+            )
+            infos.append(info)
+        return server, jax.tree.map(lambda *x: jnp.stack(x), *infos)
 
     return run_rounds
 
 
-def _evaluate_in_chunks(
-    method: Method, box: BlackBox, chunk_size: int, keys: Array, states: PyTree, batches: Examples
-) -> tuple[Array, Array]:
-    """Returns losses and validity `[C, K, B]`; candidates are made, turned into prompts and queried chunk by chunk."""
-    num_clients, num_candidates = len(keys), method.optimizer.num_candidates
+def make_mesh(most: int) -> Mesh:
+    """Returns a mesh over all devices of all processes, or over the first `most` of them."""
+    devices = jax.devices()[:most]
+    return jax.make_mesh((len(devices),), (CLIENTS,), devices=devices, axis_types=(AxisType.Auto,))
 
-    def one(row: Array) -> tuple[Array, Array]:
-        client, k = row // num_candidates, row % num_candidates
-        state, batch = jax.tree.map(lambda x: x[client], (states, batches))
-        return candidate_loss(method, box, keys[client], state, k, batch)
 
-    rows = jnp.arange(num_clients * num_candidates)
-    losses, valid = jax.lax.map(one, rows, batch_size=_even_chunk(len(rows), chunk_size))
-    return tuple(x.reshape(num_clients, num_candidates, -1) for x in (losses, valid))
+def place_clients(clients: ClientData, mesh: Mesh) -> ClientData:
+    """Returns clients, packed into as many shards as the mesh has devices, each shard on its own device."""
+    rest = replicate((clients.starts, clients.sizes, clients.places), mesh)
+    return ClientData(_place(clients.examples, mesh, PartitionSpec(CLIENTS)), *rest)
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Returns the same arrays on every device of a mesh."""
+    return _place(tree, mesh, PartitionSpec())
+
+
+def here(tree: Any) -> Any:
+    """Returns what every device holds alike, such as a server's state, as arrays of one device of this process."""
+    return jax.tree.map(lambda x: x.addressable_data(0), tree)
+
+
+def _place(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
+    """Returns arrays on a mesh; each process moves only the parts that its own devices hold."""
+    sharding = NamedSharding(mesh, spec)
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
+
+
+def _scan_rounds(one_round: OneRound, box: BlackBox, server: PyTree, clients: ClientData, key: Array, rounds: Array):
+    def play(server: PyTree, index: Array) -> tuple[PyTree, RoundInfo]:
+        return one_round(box, clients, key, server, index)
+
+    def skip(server: PyTree, index: Array) -> tuple[PyTree, RoundInfo]:
+        _, info = jax.eval_shape(play, server, index)
+        return server, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), info)
+
+    def play_or_skip(server: PyTree, index: Array) -> tuple[PyTree, RoundInfo]:
+        return jax.lax.cond(index >= 0, play, skip, server, index)
+
+    return jax.lax.scan(play_or_skip, server, rounds)
+
+
+def _in_chunks(
+    method: Method, box: BlackBox, clients: ClientData, chunk_size: int, vary: Callable[[Array], Array] = lambda x: x
+) -> Evaluate:
+    """Returns an evaluation that makes candidates, turns them into prompts and queries them chunk by chunk.
+
+    A chunk of which nobody takes part is skipped; `vary` gives its zeros the type of what the others answer.
+    """
+    num_candidates = method.optimizer.num_candidates
+
+    def evaluate(keys: Array, states: PyTree, rows: Array, taking_part: Array) -> tuple[Array, Array]:
+        def one(place: Array) -> tuple[Array, Array]:
+            client, k = place // num_candidates, place % num_candidates
+            state = jax.tree.map(lambda x: x[client], states)
+            batch = jax.tree.map(lambda x: x[rows[client]], clients.examples)
+            prompt = candidate_prompt(method, keys[client], state, k, batch.features)
+            # One client and one candidate: the box's axes C and K are 1 here, and JAX batches over the chunk.
+            batch, prompt = jax.tree.map(lambda x: x[None], (batch, jax.tree.map(lambda x: x[None], prompt)))
+            losses = response_losses(method, box(Query(prompt, batch.inputs)), batch.labels)
+            return jax.tree.map(lambda x: x[0, 0], losses)
+
+        def nobody(places: Array) -> tuple[Array, Array]:
+            answers = jax.eval_shape(jax.vmap(one), places)
+            return jax.tree.map(lambda x: vary(jnp.zeros(x.shape, x.dtype)), answers)
+
+        def chunk(places: Array) -> tuple[Array, Array]:
+            return jax.lax.cond(taking_part[places // num_candidates].any(), jax.vmap(one), nobody, places)
+
+        places = jnp.arange(len(keys) * num_candidates)
+        found = jax.lax.map(chunk, places.reshape(-1, _even_chunk(len(places), chunk_size)))
+        return jax.tree.map(lambda x: x.reshape(len(keys), num_candidates, -1), found)
+
+    return evaluate
+
+
+def _loop(body: Callable, carry: PyTree, rows: PyTree) -> tuple[PyTree, PyTree]:
+    """Returns what `jax.lax.scan` returns, by a loop of Python's."""
+    found = []
+    for i in range(len(jax.tree.leaves(rows)[0])):
+        carry, out = body(carry, jax.tree.map(lambda x, i=i: x[i], rows))
+        found.append(out)
+    return carry, jax.tree.map(lambda *x: jnp.stack(x), *found)
+
+
+def _varying(x: Array) -> Array:
+    """Returns an array that may differ between devices, as the local steps' states do."""
+    return jnp.where(jax.lax.axis_index(CLIENTS) >= 0, x, x)  # `jax.lax.pcast` refuses what varies already
 
 
 def _even_chunk(num_rows: int, chunk_size: int) -> int:
@@ -88,3 +274,9 @@ def _even_chunk(num_rows: int, chunk_size: int) -> int:
     (5, 10, 7)
     """
     return max(size for size in range(1, min(chunk_size, num_rows) + 1) if num_rows % size == 0)
+
+
+def _check(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")

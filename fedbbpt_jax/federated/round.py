@@ -1,6 +1,7 @@
 """The only round body: broadcast, [ask, generate, query, lose, tell] x T, aggregate.
 
-It has one hole, `evaluate`, and one sum, `total`. A placement fills both; it never changes this text.
+It has one hole, `evaluate`; what it sums with and loops with, `total` and `scan`, depend on where it runs. A placement
+fills them; it never changes this text.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedbbpt_jax.types import BlackBox, Cohort, EstimateInfo, Examples, Method, PyTree, Query, Total
+from fedbbpt_jax.types import Cohort, EstimateInfo, Method, PyTree, Response, Total
 
-Evaluate = Callable[[Array, PyTree, Examples], tuple[Array, Array]]
-"""`(keys [C], optimizer states [C, ...], batches [C, B, ...]) -> losses [C, K, B], valid [C, K, B]`."""
+Evaluate = Callable[[Array, PyTree, Array, Array], tuple[Array, Array]]
+"""`(keys [C], states [C, ...], rows [C, B], taking part [C]) -> losses [C, K, B], valid [C, K, B]`; those who do not
+take part need not be asked."""
+Scan = Callable[[Callable, PyTree, PyTree], tuple[PyTree, PyTree]]
+"""`jax.lax.scan`, or the same as a loop where the evaluation cannot be traced."""
 
 
 class RoundInfo(NamedTuple):
@@ -34,34 +38,47 @@ class RoundInfo(NamedTuple):
     num_valid: Array
 
 
+def sum_over_clients(x: Array) -> Array:
+    """Returns the sum over the leading axis."""
+    return x.sum(0)
+
+
 def federated_round(
-    method: Method, evaluate: Evaluate, total: Total, key: Array, server: PyTree, cohort: Cohort
+    method: Method,
+    evaluate: Evaluate,
+    key: Array,
+    server: PyTree,
+    cohort: Cohort,
+    *,
+    total: Total = sum_over_clients,
+    scan: Scan = jax.lax.scan,
 ) -> tuple[PyTree, RoundInfo]:
     """Returns the server's state after one round, and what happened.
 
     Args:
       method: generator, objective, optimizer and federation.
       evaluate: the hole: losses of every candidate of every client.
-      total: sums over all clients.
       key: of this round; client i uses `fold_in(key, id of i)`.
       server: the server's state.
       cohort: who takes part and on what.
+      total: sums over all clients, wherever they are.
+      scan: loops over the local steps.
     """
     optimizer, federation = method.optimizer, method.federation
     taking_part = cohort.weights > 0
     client_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, cohort.ids)
 
-    def local_step(states: PyTree, row: tuple[Array, Examples]) -> tuple[PyTree, tuple[EstimateInfo, Array]]:
-        step, batches = row
+    def local_step(states: PyTree, row: tuple[Array, Array]) -> tuple[PyTree, tuple[EstimateInfo, Array]]:
+        step, rows = row
         keys = jax.vmap(jax.random.fold_in, (0, None))(client_keys, step)
-        losses, valid = evaluate(keys, states, batches)
+        losses, valid = evaluate(keys, states, rows, taking_part)
         states, info = jax.vmap(optimizer.tell)(keys, states, losses, valid)
         return states, (info, (valid & taking_part[:, None, None]).sum((1, 2)))
 
-    batches = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), cohort.batches)  # [T, C, B, ...]
-    num_steps, _, batch_size = batches.labels.shape
-    clients, (info, num_valid) = jax.lax.scan(
-        local_step, federation.broadcast(server, cohort.ids), (jnp.arange(num_steps), batches)
+    rows = jnp.moveaxis(cohort.rows, 1, 0)  # [T, C, B]
+    num_steps, _, batch_size = rows.shape
+    clients, (info, num_valid) = scan(
+        local_step, federation.broadcast(server, cohort.ids), (jnp.arange(num_steps), rows)
     )
     server = federation.aggregate(server, cohort.ids, clients, cohort.weights, total)
 
@@ -71,13 +88,15 @@ def federated_round(
     return server, RoundInfo(step, num_evaluations, num_evaluations * batch_size, total(num_valid.sum(0)))
 
 
-def candidate_loss(
-    method: Method, box: BlackBox, key: Array, state: PyTree, k: Array, batch: Examples
-) -> tuple[Array, Array]:
-    """Returns the losses float32 `[B]` of candidate k of one client, and where they are valid, bool `[B]`."""
-    prompt = method.generator.generate(method.optimizer.ask(key, state, k), batch.features)
-    response = box(Query(jax.tree.map(lambda x: x[None, None], prompt), jax.tree.map(lambda x: x[None], batch.inputs)))
-    scores, valid = response.scores[0, 0], response.valid[0, 0]
+def candidate_prompt(method: Method, key: Array, state: PyTree, k: Array, features: Array) -> PyTree:
+    """Returns the prompt of candidate k of one client, for the features `[B, F]` of its minibatch."""
+    return method.generator.generate(method.optimizer.ask(key, state, k), features)
+
+
+def response_losses(method: Method, response: Response, labels: Array) -> tuple[Array, Array]:
+    """Returns the losses float32 `[C, K, B]` of a response to labels `[C, B]`, and where they are valid, bool."""
+    scores, valid = response
     # A score that is not valid may be anything; the inner `where` keeps it out of the loss, the outer out of sums.
-    losses = method.objective(jnp.where(valid[:, None], scores, 0.0), batch.labels)
+    labels = jnp.broadcast_to(labels[:, None], valid.shape)
+    losses = method.objective(jnp.where(valid[..., None], scores, 0.0), labels)
     return jnp.where(valid, losses, 0.0), valid

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import jax
 
 from fedbbpt_jax.objectives import cross_entropy
+from fedbbpt_jax.training.build import build_generator
 from fedbbpt_jax.training.evaluate import compile_evaluation
-from fedbbpt_jax.training.experiment import Experiment, build_generator, requests_per_round, resolve, without_data
+from fedbbpt_jax.training.experiment import Experiment, requests_per_round, resolve, without_data
 from fedbbpt_jax.training.load import load_classifier, load_experiment_task
 from fedbbpt_jax.training.prepare import on_device
 from fedbbpt_jax.training.run import Outcome, Row, run

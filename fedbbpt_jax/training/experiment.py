@@ -1,4 +1,4 @@
-"""The description of a run, and its parts built from their names. Only this folder and the CLI read it."""
+"""The description of a run. Only this folder and the CLI read it; `build.py` makes the parts it names."""
 
 from __future__ import annotations
 
@@ -7,21 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import optax
+import jax
 import tyro
 
 from fedbbpt_jax.black_box.frozen import Precision
-from fedbbpt_jax.data.partition import dirichlet, iid
+from fedbbpt_jax.data.digit_tasks import DIGIT_TASKS
+from fedbbpt_jax.data.partition import find_partition
 from fedbbpt_jax.estimators.catalogue import ESTIMATORS, find_estimator
-from fedbbpt_jax.estimators.directions import segmented_uniform
-from fedbbpt_jax.estimators.spsa import spsa
-from fedbbpt_jax.federated.averaging import isolated, weighted_mean
-from fedbbpt_jax.objectives import cross_entropy
-from fedbbpt_jax.optimizers.descent import descent, spsa_gc_perturbation_size, spsa_gc_transformation
-from fedbbpt_jax.prompts.coordinator import BLACKVIP_CHANNELS, SMALL_CHANNELS, coordinator
-from fedbbpt_jax.prompts.pixels import frame, full_overlay, low_resolution_overlay
-from fedbbpt_jax.types import Estimator, Federation, Method, Optimizer, PromptGenerator
 
 MODELS = {"mini-clip": "CLIP of 0.6 M parameters for 32x32 digits, shipped with the package"}
 
@@ -50,16 +42,22 @@ class Experiment:
       task: what to learn (`fedbbpt list tasks`): sensor, or the name of the folder given by --data, if left out.
       data: images of your own: an image folder, a folder of parquet files, or a hub id; or a local copy of the task.
       templates: texts with one {} for the class name; the features of several are averaged; by task if left out.
-      shots: training examples per class, over all clients.
+      shots: training examples per class, over all clients; 16, or 4 per client of the digits' tasks, if left out.
       test_limit: most test images, drawn once for all seeds; all if left out.
       model: the frozen CLIP: a shipped one (`fedbbpt list models`), a folder, or a hub id.
       revision: branch, tag or commit of the model on the hub.
       generator: the prompt's form (`fedbbpt list generators`).
       encoder: what a coordinator sees an image by: a ViT-MAE, ViT or DINO folder or hub id; mean colours if left out.
       num_clients: clients that hold data.
-      cohort: clients per round, drawn uniformly; all if left out.
-      partition: iid, or dirichlet:ALPHA by label.
-      federation: fedavg, or isolated: clients that never talk.
+      cohort: clients per round; all if left out.
+      sampling: how a cohort is drawn: uniform, or weighted by the clients' sizes (who then count equally).
+      weighting: what a client of a uniform cohort counts: its size, or equal.
+      dropout: probability that a client that was drawn stays away.
+      partition: who holds what (`fedbbpt list partitions`); iid, or dirichlet:ALPHA by label, and others.
+      federation: fedavg; isolated: clients that never talk; personal: a local prompt beside the shared one.
+      client_state: what becomes of momenta and moments after a round: averaged like the parameters, reset, or kept.
+      server_optimizer: what the server does with the clients' mean change; none takes it as it is.
+      server_lr: its step size; 1 for fedavgm, otherwise 0.03, if left out.
       num_rounds: rounds; if left out, as many as the budget allows.
       local_steps: steps of each client between two aggregations.
       batch_size: examples per step.
@@ -71,6 +69,7 @@ class Experiment:
       budget: most requests (one prompt on one example) of all clients together.
       eval_every: rounds between two evaluations on validation data.
       precision: of the frozen model's matrix products.
+      placement: where rounds run: compile (one device), shard (all), host (asks a box there); by the devices if auto.
       chunk_size: candidates in flight at once; changes speed and memory only.
       seed: of shots, partition, batches and directions.
     """
@@ -78,7 +77,7 @@ class Experiment:
     task: tyro.conf.Positional[str | None] = None
     data: str | None = None
     templates: tuple[str, ...] = ()
-    shots: int = 16
+    shots: int | None = None
     test_limit: int | None = None
     model: str = "mini-clip"
     revision: str | None = None
@@ -86,8 +85,14 @@ class Experiment:
     encoder: str | None = None
     num_clients: int = 5
     cohort: int | None = None
+    sampling: Literal["uniform", "weighted"] = "uniform"
+    weighting: Literal["size", "equal"] = "size"
+    dropout: float = 0.0
     partition: str = "dirichlet:0.3"
-    federation: Literal["fedavg", "isolated"] = "fedavg"
+    federation: Literal["fedavg", "isolated", "personal"] = "fedavg"
+    client_state: Literal["averaged", "reset", "kept"] = "averaged"
+    server_optimizer: Literal["none", "fedavgm", "fedadam", "fedyogi"] = "none"
+    server_lr: float | None = None
     num_rounds: int | None = None
     local_steps: int = 4
     batch_size: int = 4
@@ -99,6 +104,7 @@ class Experiment:
     budget: int = 64_000
     eval_every: int = 8
     precision: Precision = "highest"
+    placement: Literal["auto", "compile", "shard", "host"] = "auto"
     chunk_size: int = 16
     seed: int = 0
 
@@ -108,7 +114,9 @@ class ResolvedExperiment(Experiment):
     """An experiment whose task and sizes are all known; made by `resolve`."""
 
     task: str = ""
+    shots: int = 0
     cohort: int = 0
+    server_lr: float = 0.0
     num_rounds: int = 0
     perturbation_size: float = 0.0
     lr: float = 0.0
@@ -121,10 +129,10 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
       ValueError: a value is out of range; the message names it, what was received and what was expected.
     """
     e = experiment
-    for name in ("shots", "num_clients", "local_steps", "batch_size", "num_directions", "eval_every", "chunk_size"):
+    for name in ("num_clients", "local_steps", "batch_size", "num_directions", "eval_every", "chunk_size"):
         if getattr(e, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(e, name)}")
-    for name in ("cohort", "num_rounds", "perturbation_size", "lr", "test_limit"):
+    for name in ("shots", "cohort", "num_rounds", "perturbation_size", "lr", "server_lr", "test_limit"):
         if getattr(e, name) is not None and not 0 < getattr(e, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} must be positive and finite, got {getattr(e, name)}")
     if not 0 <= e.seed < 2**32:
@@ -132,7 +140,13 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
     cohort = e.cohort or e.num_clients
     if cohort > e.num_clients:
         raise ValueError(f"--cohort must be at most --num-clients {e.num_clients}, got {cohort}")
-    _parse_partition(e.partition)
+    find_partition(e.partition)
+    if not 0 <= e.dropout < 1:
+        raise ValueError(f"--dropout must be in [0, 1), got {e.dropout}")
+    if e.federation != "fedavg" and e.client_state != "averaged":
+        raise ValueError(f"--client-state {e.client_state} is of --federation fedavg, got {e.federation}")
+    if e.federation == "isolated" and e.server_optimizer != "none":
+        raise ValueError("--server-optimizer has nothing to do where clients never talk, got --federation isolated")
     published = e.estimator == SPSA_GC
     lr = e.lr or (0.01 if published else 0.03 if e.optimizer == "adam" else 0.02)
     size = e.perturbation_size or (0.01 if published else 0.05)
@@ -141,10 +155,14 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
         raise ValueError(f"--budget must pay for one round of {requests} requests, got {e.budget}")
     num_rounds = min(e.num_rounds or e.budget, e.budget // requests)
     task = e.task or ("sensor" if e.data is None else Path(e.data).resolve().name)
+    few = 16 if task not in DIGIT_TASKS else max(16, -(-4 * e.num_clients // 10))
     sizes = {
         "task": task,
+        "shots": e.shots or few,
+        "server_lr": e.server_lr or (1.0 if e.server_optimizer in ("none", "fedavgm") else 0.03),
         "templates": tuple(e.templates),
         "cohort": cohort,
+        "placement": _placement(e),
         "num_rounds": num_rounds,
         "perturbation_size": size,
         "lr": lr,
@@ -178,67 +196,16 @@ def without_data(experiment: ResolvedExperiment) -> ResolvedExperiment:
     )
 
 
-def split_among_clients(experiment: Experiment, labels: np.ndarray) -> list[np.ndarray]:
-    """Returns the rows of `labels` that each client holds."""
-    alpha = _parse_partition(experiment.partition)
-    if alpha is None:
-        return iid(labels, experiment.num_clients, experiment.seed)
-    return dirichlet(labels, experiment.num_clients, alpha, experiment.seed)
+def _placement(e: Experiment) -> str:
+    """Returns where rounds run: over several processes or accelerators where there are some, otherwise in one program.
 
-
-def build_method(experiment: ResolvedExperiment, image_size: int, feature_size: int) -> Method:
-    """Returns the method that a resolved experiment describes, for a task of these sizes."""
-    generator = build_generator(experiment, image_size, feature_size)
-    return Method(generator, cross_entropy, build_optimizer(experiment), build_federation(experiment))
-
-
-def build_generator(experiment: Experiment, image_size: int, feature_size: int) -> PromptGenerator:
-    """Returns the prompt generator for images of `image_size` pixels and `feature_size` features."""
-    size = image_size
-    match experiment.generator:
-        case "low-resolution":
-            return low_resolution_overlay(size, resolution=8)
-        case "full":
-            return full_overlay(size)
-        case "frame":
-            return frame(size, width=max(1, round(size * 30 / 224)))  # BlackVIP's 30 of 224 pixels
-        case "coordinator":
-            return coordinator(size, feature_size, SMALL_CHANNELS if size < 224 else BLACKVIP_CHANNELS)
-
-
-def build_optimizer(experiment: ResolvedExperiment) -> Optimizer:
-    """Returns the client's optimizer of a resolved experiment."""
-    e = experiment
-    num_steps = e.num_rounds * e.local_steps
-    if e.estimator == SPSA_GC:
-        return descent(build_estimator(e), spsa_gc_transformation(e.lr))
-    rate = optax.cosine_decay_schedule(e.lr, num_steps, alpha=0.3)
-    tx = optax.adam(rate, b2=0.99) if e.optimizer == "adam" else optax.sgd(rate)
-    return descent(build_estimator(e), tx)
-
-
-def build_federation(experiment: Experiment) -> Federation:
-    """Returns how the clients' states come together."""
-    return weighted_mean() if experiment.federation == "fedavg" else isolated(experiment.num_clients)
-
-
-def build_estimator(experiment: ResolvedExperiment) -> Estimator:
-    """Returns the gradient estimator of a resolved experiment."""
-    e = experiment
-    if e.estimator == SPSA_GC:
-        return spsa(segmented_uniform(), e.num_directions, spsa_gc_perturbation_size(e.perturbation_size))
-    return find_estimator(e.estimator).build(e.num_directions, e.perturbation_size)
-
-
-def _parse_partition(partition: str) -> float | None:
-    """Returns alpha, or None for IID."""
-    kind, _, value = partition.partition(":")
-    if partition == "iid":
-        return None
-    try:
-        alpha = float(value)
-    except ValueError:
-        alpha = float("nan")
-    if kind != "dirichlet" or not 0 < alpha < math.inf:
-        raise ValueError(f"--partition must be iid or dirichlet:ALPHA with ALPHA > 0, got {partition!r}")
-    return alpha
+    Raises:
+      ValueError: there are more devices than clients to spread over them.
+    """
+    num_devices = jax.device_count()
+    if num_devices > e.num_clients and (e.placement == "shard" or jax.process_count() > 1):
+        raise ValueError(f"--placement shard needs a client for each of {num_devices} devices, got {e.num_clients}")
+    if e.placement != "auto":
+        return e.placement
+    spread = jax.process_count() > 1 or (num_devices > 1 and jax.default_backend() != "cpu")
+    return "shard" if spread and num_devices <= e.num_clients else "compile"

@@ -25,9 +25,10 @@ from fedbbpt_jax.estimators.variance import (
 )
 from fedbbpt_jax.federated.cohort import pack
 from fedbbpt_jax.objectives import cross_entropy
-from fedbbpt_jax.training.experiment import Experiment, build_generator, resolve, split_among_clients
+from fedbbpt_jax.training.build import build_generator
+from fedbbpt_jax.training.experiment import Experiment, resolve
 from fedbbpt_jax.training.landscape import task_landscape
-from fedbbpt_jax.training.load import load_classifier, load_experiment_task
+from fedbbpt_jax.training.load import load_classifier, load_experiment_task, split_among_clients
 
 Row = dict[str, Any]
 QUADRATIC = "quadratic"
@@ -199,7 +200,7 @@ def _landscape(study: Study) -> Landscape:
         generator,
         cross_entropy,
         load_classifier(e, task),
-        pack(task.train, split_among_clients(e, task.train.labels)),
+        pack(*split_among_clients(e, task.train)),
         generator.init(jax.random.key(study.seed)),
         batch_size=study.batch_size,
         answer=answer,

@@ -10,7 +10,7 @@ from jax import Array
 
 from fedbbpt_jax.black_box.faults import Answer
 from fedbbpt_jax.estimators.variance import Landscape
-from fedbbpt_jax.federated.cohort import ClientData
+from fedbbpt_jax.federated.cohort import ClientData, own_rows
 from fedbbpt_jax.types import BlackBox, Examples, Objective, Params, PromptGenerator, Query
 
 
@@ -37,9 +37,10 @@ def task_landscape(
       answer: what the API does to its scores.
       images_in_flight: examples that go through the model at once.
     """
+    clients = jax.tree.map(jnp.asarray, clients)
     weights = clients.sizes / clients.sizes.sum()
     chunk_size = max(1, images_in_flight // batch_size)
-    capacity = clients.examples.labels.shape[1]
+    capacity = len(clients.places)
 
     def draw(key: Array) -> tuple[Array, Array]:
         client_key, row_key = jax.random.split(key)
@@ -59,7 +60,7 @@ def task_landscape(
         return (losses * counted).sum() / counted.sum()
 
     def take(data: ClientData, client: Array, rows: Array) -> Examples:
-        return jax.tree.map(lambda x: x[client, rows], data.examples)
+        return jax.tree.map(lambda x: x[data.starts[client] + rows], data.examples)
 
     @jax.jit
     def losses(box: BlackBox, data: ClientData, candidates: Params, draws: tuple[Array, Array], key: Array):
@@ -82,11 +83,11 @@ def task_landscape(
 
     @jax.jit
     def client_gradients(box: BlackBox, data: ClientData, params: Params) -> Params:
-        def of_client(row: tuple[Examples, Array]) -> Params:
-            examples, size = row
-            return jax.grad(mean_loss)(params, box, examples, (jnp.arange(capacity) < size).astype(jnp.float32))
+        def of_client(client: Array) -> Params:
+            examples = jax.tree.map(lambda x: x[own_rows(data, client)], data.examples)
+            return jax.grad(mean_loss)(params, box, examples, (data.places < data.sizes[client]).astype(jnp.float32))
 
-        return jax.lax.map(of_client, (data.examples, data.sizes))
+        return jax.lax.map(of_client, jnp.arange(len(data.sizes)))
 
     return Landscape(
         params,

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedbbpt_jax.black_box.frozen import Precision, PromptedClassifier, clip_classifier
+from fedbbpt_jax.data.client_shifts import shift_clients
+from fedbbpt_jax.data.images import grid_means
+from fedbbpt_jax.data.partition import find_partition
 from fedbbpt_jax.data.tasks import load_task
 from fedbbpt_jax.models.classifiers import as_float
 from fedbbpt_jax.models.features import vit_features
@@ -25,6 +28,16 @@ def load_experiment_task(e: ResolvedExperiment) -> Task:
       TaskError, CheckpointError: the data, the model or the encoder cannot be loaded.
     """
     return _task(e.task, e.data, e.templates, e.shots, e.seed, e.test_limit, e.model, e.revision, e.encoder)
+
+
+def split_among_clients(e: ResolvedExperiment, train: Examples) -> tuple[Examples, list[np.ndarray]]:
+    """Returns the training examples, as their clients see them, and the rows that each client holds."""
+    parts = find_partition(e.partition)(np.asarray(train.labels), e.num_clients, e.seed)
+    if e.partition != "feature-shift":
+        return train, parts
+    pictures = shift_clients(np.asarray(train.inputs), parts, e.seed)
+    features = grid_means(pictures) if e.encoder is None else vit_features(_vit(e.encoder), pictures)
+    return train._replace(inputs=pictures, features=features), parts
 
 
 def load_classifier(e: ResolvedExperiment, task: Task) -> PromptedClassifier:

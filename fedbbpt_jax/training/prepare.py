@@ -8,39 +8,57 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from fedbbpt_jax.black_box.frozen import query_only
 from fedbbpt_jax.federated.cohort import ClientData, pack
-from fedbbpt_jax.federated.placement import RunRounds, compile_rounds
-from fedbbpt_jax.training.evaluate import Evaluation, compile_evaluation
-from fedbbpt_jax.training.experiment import (
-    Experiment,
-    ResolvedExperiment,
-    build_method,
-    resolve,
-    split_among_clients,
-    without_data,
+from fedbbpt_jax.federated.placement import (
+    RunRounds,
+    compile_rounds,
+    host_rounds,
+    make_mesh,
+    place_clients,
+    replicate,
+    shard_rounds,
 )
-from fedbbpt_jax.training.load import load_classifier, load_experiment_task
+from fedbbpt_jax.training.build import build_method, build_participation
+from fedbbpt_jax.training.evaluate import Evaluation, compile_evaluation
+from fedbbpt_jax.training.experiment import Experiment, ResolvedExperiment, resolve, without_data
+from fedbbpt_jax.training.load import load_classifier, load_experiment_task, split_among_clients
 from fedbbpt_jax.types import BlackBox, Examples, Method, Params, PyTree, Task
 
 
 class Programs(NamedTuple):
-    """The method of an experiment and what is compiled of it."""
+    """The method of an experiment and what is compiled of it; a mesh where its rounds are spread over devices."""
 
     method: Method
+    mesh: Mesh | None
     run_rounds: RunRounds
     evaluate: Callable[[BlackBox, Params, Examples], Evaluation]
+
+    @property
+    def num_shards(self) -> int:
+        """How many devices hold clients."""
+        return 1 if self.mesh is None else self.mesh.size
 
 
 @functools.lru_cache(maxsize=16)
 def compiled_programs(e: ResolvedExperiment, image_size: int, feature_size: int) -> Programs:
     """Returns the programs of an experiment `without_data`, so that seeds and partitions share compilations."""
     method = build_method(e, image_size, feature_size)
-    sizes = {"cohort_size": e.cohort, "local_steps": e.local_steps, "batch_size": e.batch_size}
-    run_rounds = compile_rounds(method, **sizes, chunk_size=e.chunk_size)
-    return Programs(method, run_rounds, compile_evaluation(method.generator, method.objective))
+    evaluate = compile_evaluation(method.generator, method.objective)
+    what = method, build_participation(e)
+    sizes = {"local_steps": e.local_steps, "batch_size": e.batch_size}
+    match e.placement:
+        case "shard":
+            mesh = make_mesh(e.num_clients)
+            return Programs(method, mesh, shard_rounds(*what, mesh, **sizes, chunk_size=e.chunk_size), evaluate)
+        case "host":
+            return Programs(method, None, host_rounds(*what, **sizes), evaluate)
+        case _:
+            return Programs(method, None, compile_rounds(*what, **sizes, chunk_size=e.chunk_size), evaluate)
 
 
 class Setup(NamedTuple):
@@ -49,8 +67,10 @@ class Setup(NamedTuple):
     Attributes:
       experiment: with everything resolved.
       task: its data; `validation` and `test` as device arrays.
+      parts: the rows of `task.train` that each client holds.
       box: the frozen model, behind the wall.
-      clients: their private data.
+      rounds_box: the same, where the rounds run.
+      clients: their private data, where the rounds run.
       programs: the method and what is compiled of it.
       server: its state before the first round.
       payload: bytes (down, up) of one round, all clients together.
@@ -59,7 +79,9 @@ class Setup(NamedTuple):
 
     experiment: ResolvedExperiment
     task: Task
+    parts: list[np.ndarray]
     box: BlackBox
+    rounds_box: BlackBox
     clients: ClientData
     programs: Programs
     server: PyTree
@@ -76,15 +98,22 @@ def prepare(experiment: Experiment) -> Setup:
     e = resolve(experiment)
     task = load_experiment_task(e)
     task = task._replace(validation=on_device(task.validation), test=on_device(task.test))
-    clients = pack(task.train, split_among_clients(e, task.train.labels))
     box = query_only(load_classifier(e, task))
     programs = compiled_programs(without_data(e), task.image_size, task.feature_size)
+    seen, parts = split_among_clients(e, task.train)
+    rounds_box, clients = _where_rounds_run(box, pack(seen, parts, programs.num_shards), programs)
     method = programs.method
     init_key, key = jax.random.split(jax.random.key(e.seed))
     client = method.optimizer.init(method.generator.init(init_key))
     down, up = method.federation.payload_bytes(client)
     server = method.federation.init(client)
-    return Setup(e, task, box, clients, programs, server, (e.cohort * down, e.cohort * up), key)
+    return Setup(e, task, parts, box, rounds_box, clients, programs, server, (e.cohort * down, e.cohort * up), key)
+
+
+def _where_rounds_run(box: BlackBox, clients: ClientData, programs: Programs) -> tuple[BlackBox, ClientData]:
+    if programs.mesh is None:
+        return box, jax.tree.map(jnp.asarray, clients)
+    return replicate(box, programs.mesh), place_clients(clients, programs.mesh)
 
 
 def on_device(examples: Examples) -> Examples:

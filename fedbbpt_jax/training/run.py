@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from fedbbpt_jax.federated.placement import here
 from fedbbpt_jax.training.evaluate import Evaluation
 from fedbbpt_jax.training.experiment import Experiment, ResolvedExperiment
 from fedbbpt_jax.training.prepare import Setup, prepare
@@ -91,10 +92,10 @@ def _play(setup: Setup) -> Iterator[tuple[PyTree, Row]]:
     counts: Row = {"round": 0, "num_evaluations": 0, "num_requests": 0, "num_valid": 0}
     yield server, {**counts, "uplink_bytes": 0, "downlink_bytes": 0}
     for rounds in _segments(setup.experiment):
-        server, info = setup.programs.run_rounds(setup.box, server, setup.clients, setup.key, rounds)
+        server, info = setup.programs.run_rounds(setup.rounds_box, server, setup.clients, setup.key, rounds)
         counts["round"] += int((rounds >= 0).sum())
         for name in ("num_evaluations", "num_requests", "num_valid"):
-            counts[name] += int(getattr(info, name).sum())
+            counts[name] += int(here(getattr(info, name)).sum())
         yield server, {**counts, "uplink_bytes": counts["round"] * up, "downlink_bytes": counts["round"] * down}
 
 
@@ -109,7 +110,7 @@ def _compile(setup: Setup) -> float:
     """Returns the seconds it took to compile the rounds, by playing a segment of skipped ones."""
     started = time.perf_counter()
     skipped = np.full_like(_segments(setup.experiment)[0], -1)
-    jax.block_until_ready(setup.programs.run_rounds(setup.box, setup.server, setup.clients, setup.key, skipped))
+    jax.block_until_ready(setup.programs.run_rounds(setup.rounds_box, setup.server, setup.clients, setup.key, skipped))
     return time.perf_counter() - started
 
 
@@ -120,7 +121,7 @@ def _evaluate(setup: Setup, server: PyTree, examples: Examples) -> Evaluation:
 def _params(setup: Setup, server: PyTree) -> Params:
     """Returns the parameters to evaluate, `[M, ...]`."""
     method = setup.programs.method
-    return jax.vmap(method.optimizer.solution)(method.federation.outcomes(server))
+    return jax.vmap(method.optimizer.solution)(method.federation.outcomes(here(server)))
 
 
 def _shown_prompts(setup: Setup, params: Params) -> np.ndarray:

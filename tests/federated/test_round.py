@@ -14,6 +14,7 @@ from fedbbpt_jax.estimators.directions import rademacher
 from fedbbpt_jax.estimators.spsa import one_sided_spsa, spsa
 from fedbbpt_jax.federated.averaging import isolated, weighted_mean
 from fedbbpt_jax.federated.cohort import draw_cohort, pack
+from fedbbpt_jax.federated.participation import uniform_cohort
 from fedbbpt_jax.federated.placement import compile_rounds
 from fedbbpt_jax.objectives import cross_entropy
 from fedbbpt_jax.optimizers.descent import descent
@@ -38,12 +39,12 @@ def start(method, key):
 
 
 def play(method, clients, key, rounds, *, cohort_size=3, chunk_size=8, box=None):
-    run_rounds = compile_rounds(method, cohort_size=cohort_size, chunk_size=chunk_size, **SIZES)
+    run_rounds = compile_rounds(method, uniform_cohort(cohort_size), chunk_size=chunk_size, **SIZES)
     box = box or jax.tree_util.Partial(linear_box)
     return run_rounds(box, start(method, key), clients, key, jnp.asarray(rounds, jnp.int32))
 
 
-def slow_round(key, params, adam, cohort: Cohort):
+def slow_round(key, params, adam, cohort: Cohort, examples):
     """One FedAvg round of two-sided SPSA and Adam, one client, candidate and example at a time, in float64."""
     finished = []
     for i, client in enumerate(np.asarray(cohort.ids)):
@@ -51,7 +52,7 @@ def slow_round(key, params, adam, cohort: Cohort):
         client_key = jax.random.fold_in(key, client)
         for step in range(SIZES["local_steps"]):
             step_key = jax.random.fold_in(client_key, step)
-            inputs, labels = (np.asarray(leaf[i, step], "d") for leaf in (cohort.batches.inputs, cohort.batches.labels))
+            inputs, labels = (np.asarray(x[cohort.rows[i, step]], "d") for x in (examples.inputs, examples.labels))
             g = np.zeros(4)
             for j in range(2):
                 tree = {"shift": jnp.zeros(4)}
@@ -80,8 +81,8 @@ def test_equals_a_slow_round_in_plain_python(clients, key):
     params, adam = np.zeros(4), (np.zeros(4), np.zeros(4), 0)
     for index in (0, 1):
         cohort_key, client_key = jax.random.split(jax.random.fold_in(key, index))
-        cohort = draw_cohort(cohort_key, clients, 3, **SIZES)
-        params, adam = slow_round(client_key, params, adam, cohort)
+        cohort = draw_cohort(cohort_key, index, clients, uniform_cohort(3), **SIZES)
+        params, adam = slow_round(client_key, params, adam, cohort, clients.examples)
     assert np.abs(params).max() > 0.1
     # Six Adam steps of 0.05 whose float32 gradients are right to about 1e-6 (losses of size 1 over 2c = 0.2)
     np.testing.assert_allclose(method.optimizer.solution(server)["shift"], params, atol=2e-6)
@@ -104,7 +105,7 @@ def test_chunks_change_speed_only(clients, key, chunk_size):
 def test_scanned_rounds_equal_single_ones_and_negative_ones_are_skipped(clients, key):
     method = make_method()
     scanned, info = play(method, clients, key, [0, 1, -1, -1])
-    run_rounds = compile_rounds(method, cohort_size=3, **SIZES)
+    run_rounds = compile_rounds(method, uniform_cohort(3), **SIZES)
     server = start(method, key)
     for index in range(2):
         server, _ = run_rounds(jax.tree_util.Partial(linear_box), server, clients, key, jnp.array([index]))
@@ -159,7 +160,9 @@ def test_a_box_that_never_answers_moves_nothing(clients, key):
 def test_isolated_clients_learn_from_their_own_data_only(clients, key):
     method = make_method(federation=isolated(3))
     server, _ = play(method, clients, key, [0, 1])
-    poisoned = clients._replace(examples=clients.examples._replace(inputs=clients.examples.inputs.at[2].set(-5.0)))
+    poisoned = clients._replace(
+        examples=clients.examples._replace(inputs=np.where(np.arange(60)[:, None] < 35, clients.examples.inputs, -5.0))
+    )
     after, _ = play(method, poisoned, key, [0, 1])
     np.testing.assert_array_equal(server.params["shift"][:2], after.params["shift"][:2])
     assert not jnp.array_equal(server.params["shift"][2], after.params["shift"][2])
@@ -174,15 +177,15 @@ def test_one_client_federation_is_the_client_alone(vectors, key):
 
 def test_compiles_once_for_segments_of_any_length(clients, key):
     method = make_method()
-    run_rounds = compile_rounds(method, cohort_size=3, **SIZES)
+    run_rounds = compile_rounds(method, uniform_cohort(3), **SIZES)
     server = start(method, key)
     for rounds in ([0, 1], [2, 3], [4, -1]):
         server, _ = run_rounds(jax.tree_util.Partial(linear_box), server, clients, key, jnp.array(rounds))
     assert run_rounds._cache_size() == 1
 
 
-@pytest.mark.parametrize("name", ["cohort_size", "local_steps", "batch_size", "chunk_size"])
+@pytest.mark.parametrize("name", ["local_steps", "batch_size", "chunk_size"])
 def test_sizes_must_be_positive(name):
-    sizes = {"cohort_size": 3, "chunk_size": 8, **SIZES, name: 0}
+    sizes = {"chunk_size": 8, **SIZES, name: 0}
     with pytest.raises(ValueError, match=name):
-        compile_rounds(make_method(), **sizes)
+        compile_rounds(make_method(), uniform_cohort(3), **sizes)

@@ -6,18 +6,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedbbpt_jax.data.images import grid_means
 from fedbbpt_jax.data.partition import dirichlet, iid
 from fedbbpt_jax.estimators.catalogue import ESTIMATORS
+from fedbbpt_jax.training.build import build_generator, build_method
 from fedbbpt_jax.training.experiment import (
     GENERATORS,
     Experiment,
-    build_generator,
-    build_method,
     estimator_descriptions,
     requests_per_round,
     resolve,
-    split_among_clients,
 )
+from fedbbpt_jax.training.load import split_among_clients
+from fedbbpt_jax.types import Examples
 
 SIZES = {"num_clients": 5, "num_directions": 5, "local_steps": 4, "batch_size": 8}  # 1,600 requests per round
 NAN, INF = float("nan"), float("inf")
@@ -47,8 +48,15 @@ def test_sizes_follow_the_estimator_and_the_optimizer(choices, expected):
 
 
 def test_what_was_asked_for_is_kept():
-    asked = Experiment(task="loc", cohort=2, num_clients=3, num_rounds=4, perturbation_size=0.2, lr=0.5, seed=6)
+    sizes = {"shots": 4, "cohort": 2, "num_clients": 3, "num_rounds": 4, "perturbation_size": 0.2, "lr": 0.5}
+    asked = Experiment(task="loc", server_lr=0.1, placement="host", seed=6, **sizes)
     assert asdict(resolve(asked)) == asdict(asked)
+
+
+def test_digits_have_four_shots_for_each_of_many_clients():
+    assert resolve(Experiment()).shots == 16
+    assert resolve(Experiment(num_clients=10_000, cohort=64)).shots == 4000
+    assert resolve(Experiment(task="eurosat", num_clients=10_000, cohort=64)).shots == 16
 
 
 @pytest.mark.parametrize(
@@ -122,10 +130,10 @@ def test_the_budget_is_never_exceeded_and_is_used(sizes):
 BAD_VALUES = [
     *[
         (name, value, "at least 1")
-        for name in ("shots", "num_clients", "local_steps", "batch_size", "num_directions", "eval_every", "chunk_size")
+        for name in ("num_clients", "local_steps", "batch_size", "num_directions", "eval_every", "chunk_size")
         for value in (0, -3)
     ],
-    *[(name, value, "positive") for name in ("cohort", "num_rounds") for value in (0, -3)],
+    *[(name, value, "positive") for name in ("shots", "cohort", "num_rounds") for value in (0, -3)],
     *[(name, value, "positive") for name in ("perturbation_size", "lr") for value in (0.0, -0.5, NAN, INF)],
     ("seed", -1, "between 0 and"),
     ("seed", 2**32, "between 0 and"),
@@ -134,12 +142,11 @@ BAD_VALUES = [
     ("budget", 0, "one round of 1600 requests"),
     ("budget", -1, "one round of 1600 requests"),
     *[
-        ("partition", value, "iid or dirichlet:ALPHA with ALPHA > 0")
-        for value in (
-            *("", "IID", "iid:1", "dirichlet", "dirichlet:", "dirichlet:x", "shards:2"),
-            *("dirichlet:0", "dirichlet:-1", "dirichlet:nan", "dirichlet:inf"),
-        )
+        ("partition", f"dirichlet{value}", "dirichlet:ALPHA with ALPHA > 0")
+        for value in ("", ":", ":x", ":0", ":-1", ":nan", ":inf")
     ],
+    *[("partition", value, "iid, dirichlet:ALPHA, .* or feature-shift") for value in ("", "IID", "iid:1", "shards:2")],
+    *[("dropout", value, "in .0, 1.") for value in (-0.1, 1.0, NAN)],
 ]
 
 
@@ -165,17 +172,40 @@ def test_generators_make_prompts_of_the_size_of_the_images(generator):
 )
 def test_partition_is_read(partition, expected):
     labels = np.repeat(np.arange(10), 16)
-    parts = split_among_clients(Experiment(partition=partition, num_clients=4, seed=7), labels)
+    train = Examples(labels, labels, labels)
+    seen, parts = split_among_clients(resolve(Experiment(partition=partition, num_clients=4, seed=7)), train)
+    assert seen is train
     assert all(np.array_equal(a, b) for a, b in zip(parts, expected(labels), strict=True))
 
 
-@pytest.mark.parametrize("federation", ["fedavg", "isolated"])
-def test_federation_is_read(federation):
-    """Clients that stay apart end in a model each and send nothing; FedAvg ends in one."""
-    e = resolve(replace(Experiment(num_clients=3), federation=federation))
+def test_a_feature_shift_changes_pictures_and_what_is_seen_of_them():
+    pictures = np.random.default_rng(0).random((40, 32, 32, 3)).astype(np.float32)
+    train = Examples(pictures, grid_means(pictures), np.repeat(np.arange(10), 4).astype(np.int32))
+    e = resolve(Experiment(partition="feature-shift", num_clients=4))
+    seen, parts = split_among_clients(e, train)
+    np.testing.assert_array_equal(np.concatenate(parts), np.concatenate(iid(train.labels, 4, 0)))
+    assert (seen.inputs != pictures).any((1, 2, 3)).all()
+    np.testing.assert_array_equal(seen.features, grid_means(seen.inputs))
+
+
+@pytest.mark.parametrize(
+    ("choices", "num_models", "num_bytes"),
+    [
+        ({}, 1, 3 * 192 * 4),
+        ({"client_state": "reset"}, 1, 192 * 4),
+        ({"client_state": "kept"}, 1, 192 * 4),
+        ({"server_optimizer": "fedadam"}, 1, 3 * 192 * 4),
+        ({"federation": "personal"}, 3, 3 * 192 * 4),
+        ({"federation": "personal", "server_optimizer": "fedyogi"}, 3, 3 * 192 * 4),
+        ({"federation": "isolated"}, 3, 0),
+    ],
+    ids=str,
+)
+def test_federation_is_read(choices, num_models, num_bytes):
+    """How many models it ends in, and what a client sends: parameters with Adam's two moments, or without."""
+    e = resolve(replace(Experiment(num_clients=3), **choices))
     method = build_method(e, IMAGE_SIZE, FEATURE_SIZE)
     client = method.optimizer.init(method.generator.init(jax.random.key(0)))
     models = method.federation.outcomes(method.federation.init(client))
-    num_models = {len(leaf) for leaf in jax.tree.leaves(models)}
-    assert num_models == {1 if federation == "fedavg" else 3}
-    assert (method.federation.payload_bytes(client) == (0, 0)) == (federation == "isolated")
+    assert {len(leaf) for leaf in jax.tree.leaves(models)} == {num_models}
+    assert method.federation.payload_bytes(client) == (num_bytes, num_bytes)

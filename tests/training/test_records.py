@@ -11,8 +11,9 @@ from safetensors.numpy import load_file
 
 from fedbbpt_jax.data.tasks import load_task
 from fedbbpt_jax.errors import OutputError
+from fedbbpt_jax.training.build import build_generator
 from fedbbpt_jax.training.compare import SeedResult, WhiteBox
-from fedbbpt_jax.training.experiment import Experiment, build_generator, resolve
+from fedbbpt_jax.training.experiment import Experiment, resolve
 from fedbbpt_jax.training.records import (
     append_row,
     create_folder,

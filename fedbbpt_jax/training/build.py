@@ -1,0 +1,102 @@
+"""The parts of a method, made from the names that an experiment gives them."""
+
+from __future__ import annotations
+
+import optax
+
+from fedbbpt_jax.estimators.catalogue import find_estimator
+from fedbbpt_jax.estimators.directions import segmented_uniform
+from fedbbpt_jax.estimators.spsa import spsa
+from fedbbpt_jax.federated.averaging import (
+    is_optimizer_state,
+    is_personal,
+    isolated,
+    partly_shared,
+    weighted_mean,
+    weighted_mean_of_params,
+)
+from fedbbpt_jax.federated.participation import (
+    Participation,
+    uniform_cohort,
+    weighted_cohort,
+    with_dropout,
+    with_equal_weights,
+)
+from fedbbpt_jax.federated.server_optimizers import SERVER_OPTIMIZERS, with_server_optimizer
+from fedbbpt_jax.objectives import cross_entropy
+from fedbbpt_jax.optimizers.descent import descent, spsa_gc_perturbation_size, spsa_gc_transformation
+from fedbbpt_jax.prompts.coordinator import BLACKVIP_CHANNELS, SMALL_CHANNELS, coordinator
+from fedbbpt_jax.prompts.personal import personal
+from fedbbpt_jax.prompts.pixels import frame, full_overlay, low_resolution_overlay
+from fedbbpt_jax.training.experiment import SPSA_GC, Experiment, ResolvedExperiment
+from fedbbpt_jax.types import Estimator, Federation, Method, Optimizer, PromptGenerator
+
+
+def build_method(experiment: ResolvedExperiment, image_size: int, feature_size: int) -> Method:
+    """Returns the method that a resolved experiment describes, for a task of these sizes."""
+    generator = build_generator(experiment, image_size, feature_size)
+    if experiment.federation == "personal":
+        generator = personal(generator)
+    optimizer = build_optimizer(experiment)
+    return Method(generator, cross_entropy, optimizer, build_federation(experiment, optimizer))
+
+
+def build_generator(experiment: Experiment, image_size: int, feature_size: int) -> PromptGenerator:
+    """Returns the prompt generator for images of `image_size` pixels and `feature_size` features."""
+    size = image_size
+    match experiment.generator:
+        case "low-resolution":
+            return low_resolution_overlay(size, resolution=8)
+        case "full":
+            return full_overlay(size)
+        case "frame":
+            return frame(size, width=max(1, round(size * 30 / 224)))  # BlackVIP's 30 of 224 pixels
+        case "coordinator":
+            return coordinator(size, feature_size, SMALL_CHANNELS if size < 224 else BLACKVIP_CHANNELS)
+
+
+def build_optimizer(experiment: ResolvedExperiment) -> Optimizer:
+    """Returns the client's optimizer of a resolved experiment."""
+    e = experiment
+    num_steps = e.num_rounds * e.local_steps
+    if e.estimator == SPSA_GC:
+        return descent(build_estimator(e), spsa_gc_transformation(e.lr))
+    rate = optax.cosine_decay_schedule(e.lr, num_steps, alpha=0.3)
+    tx = optax.adam(rate, b2=0.99) if e.optimizer == "adam" else optax.sgd(rate)
+    return descent(build_estimator(e), tx)
+
+
+def build_federation(experiment: ResolvedExperiment, optimizer: Optimizer) -> Federation:
+    """Returns how the states of clients with this optimizer come together."""
+    e = experiment
+    match e.federation, e.client_state:
+        case "isolated", _:
+            return isolated(e.num_clients)
+        case "personal", _:
+            federation = partly_shared(e.num_clients, is_personal)
+        case _, "averaged":
+            federation = weighted_mean()
+        case _, "reset":
+            federation = weighted_mean_of_params(optimizer)
+        case _, "kept":
+            federation = partly_shared(e.num_clients, is_optimizer_state)
+    if e.server_optimizer == "none":
+        return federation
+    return with_server_optimizer(federation, SERVER_OPTIMIZERS[e.server_optimizer](e.server_lr))
+
+
+def build_participation(experiment: ResolvedExperiment) -> Participation:
+    """Returns who takes part in a round."""
+    e = experiment
+    participation = uniform_cohort(e.cohort) if e.sampling == "uniform" else weighted_cohort(e.cohort)
+    if e.weighting == "equal":
+        participation = with_equal_weights(participation)
+    return with_dropout(participation, e.dropout) if e.dropout else participation
+
+
+def build_estimator(experiment: ResolvedExperiment) -> Estimator:
+    """Returns the gradient estimator of a resolved experiment."""
+    e = experiment
+    if e.estimator == SPSA_GC:
+        return spsa(segmented_uniform(), e.num_directions, spsa_gc_perturbation_size(e.perturbation_size))
+    return find_estimator(e.estimator).build(e.num_directions, e.perturbation_size)

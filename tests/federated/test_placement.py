@@ -1,0 +1,154 @@
+"""One round body, three placements: compiled, sharded over 1 to 8 devices, and around a host box; the same results."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+from conftest import linear_box, vector_generator
+
+from fedbbpt_jax.estimators.catalogue import ESTIMATORS
+from fedbbpt_jax.estimators.directions import rademacher
+from fedbbpt_jax.estimators.spsa import spsa
+from fedbbpt_jax.federated.averaging import isolated, weighted_mean
+from fedbbpt_jax.federated.cohort import pack
+from fedbbpt_jax.federated.participation import (
+    uniform_cohort,
+    weighted_cohort,
+    with_availability,
+    with_dropout,
+    with_equal_weights,
+)
+from fedbbpt_jax.federated.placement import (
+    compile_rounds,
+    host_rounds,
+    make_mesh,
+    place_clients,
+    replicate,
+    shard_rounds,
+)
+from fedbbpt_jax.objectives import cross_entropy
+from fedbbpt_jax.optimizers.descent import descent
+from fedbbpt_jax.types import Method
+
+SIZES = {"local_steps": 2, "batch_size": 3}
+PARTS = np.split(np.arange(60), [3, 10, 14, 30, 33, 35, 50, 51, 58])  # ten clients of 1 to 16 examples
+PARTICIPATIONS = {
+    "everyone": uniform_cohort(10),
+    "six": uniform_cohort(6),
+    "one": uniform_cohort(1),
+    "by-size": weighted_cohort(5),
+    "equal-weights": with_equal_weights(uniform_cohort(7)),
+    "drop-out": with_dropout(uniform_cohort(10), 0.4),
+    "nobody-in-round-1": with_availability(uniform_cohort(10), np.array([[True] * 10, [False] * 10])),
+}
+FEDERATIONS = {"fedavg": weighted_mean(), "isolated": isolated(10)}
+
+
+def make_method(federation):
+    return Method(vector_generator(4), cross_entropy, descent(spsa(rademacher(), 2, 0.1), optax.adam(0.05)), federation)
+
+
+def start(method):
+    return method.federation.init(method.optimizer.init(method.generator.init(jax.random.key(0))))
+
+
+def play(run_rounds, method, clients, key, rounds=(0, 1, 2)):
+    box = jax.tree_util.Partial(linear_box)
+    return jax.device_get(run_rounds(box, start(method), clients, key, np.asarray(rounds, np.int32)))
+
+
+def sharded(method, participation, vectors, num_devices, chunk_size=4):
+    mesh = make_mesh(num_devices)
+    clients = place_clients(pack(vectors, PARTS, num_devices), mesh)
+    return shard_rounds(method, participation, mesh, chunk_size=chunk_size, **SIZES), clients
+
+
+def check_same(found, expected):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        if np.issubdtype(a.dtype, np.integer):
+            np.testing.assert_array_equal(a, b)
+        else:
+            np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5)
+
+
+def check_placements(vectors, key, method, who, num_devices):
+    expected = play(compile_rounds(method, who, **SIZES), method, pack(vectors, PARTS), key)
+    assert any(np.abs(leaf).max() > 0.01 for leaf in jax.tree.leaves(expected[0]))
+    check_same(play(host_rounds(method, who, **SIZES), method, pack(vectors, PARTS), key), expected)
+    for number in num_devices:
+        run_rounds, clients = sharded(method, who, vectors, number)
+        check_same(play(run_rounds, method, clients, key), expected)
+
+
+def test_drop_out_and_unequal_weights_on_any_placement(vectors, key):
+    check_placements(vectors, key, make_method(weighted_mean()), PARTICIPATIONS["drop-out"], [8])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("federation", FEDERATIONS)
+@pytest.mark.parametrize("participation", PARTICIPATIONS)
+def test_every_placement_gives_the_same(vectors, key, participation, federation):
+    check_placements(vectors, key, make_method(FEDERATIONS[federation]), PARTICIPATIONS[participation], [1, 2, 4, 8])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_every_estimator_runs_on_a_mesh(vectors, key, name):
+    """The replication checks accept it: what an estimator makes of a state varies over devices as that does."""
+    optimizer = descent(ESTIMATORS[name].build(2, 0.1), optax.sgd(0.05))
+    method = make_method(weighted_mean())._replace(optimizer=optimizer)
+    expected = play(compile_rounds(method, uniform_cohort(4), **SIZES), method, pack(vectors, PARTS), key, [0, 1])
+    run_rounds, clients = sharded(method, uniform_cohort(4), vectors, 2)
+    check_same(play(run_rounds, method, clients, key, [0, 1]), expected)
+
+
+class TestHost:
+    def test_clients_that_stay_away_are_not_asked(self, vectors, key):
+        """One query for each local step, of those who came; the padded and the absent cost nothing."""
+        method, asked = make_method(weighted_mean()), []
+
+        def box(query):
+            asked.append((query.prompt.shape[:2], query.inputs.shape[:2]))
+            return linear_box(query)
+
+        who = with_availability(uniform_cohort(10), np.arange(10)[None] < 3)
+        run_rounds = host_rounds(method, who, **SIZES)
+        _, info = run_rounds(box, start(method), pack(vectors, PARTS), key, [0, -1])
+        assert asked == [((3, 4), (3, 3))] * 2
+        assert int(info.num_requests[0]) == 3 * 4 * 3 * 2
+
+    def test_what_the_box_raises_passes_through(self, vectors, key):
+        method = make_method(weighted_mean())
+
+        def box(query):
+            raise ConnectionError("the line is dead")
+
+        with pytest.raises(ConnectionError, match="the line is dead"):
+            host_rounds(method, uniform_cohort(2), **SIZES)(box, start(method), pack(vectors, PARTS), key, [0])
+
+
+def test_clients_of_a_device_are_on_no_other(vectors):
+    """Ten clients over four devices: 3, 3, 3 and 1; a shard repeats its own rows up to the longest one."""
+    mesh = make_mesh(4)
+    placed = place_clients(pack(vectors, PARTS, 4), mesh)
+    for shard, device in enumerate(mesh.devices):
+        held = {i for part in PARTS[3 * shard : 3 * shard + 3] for i in part}
+        (own,) = (s.data for s in placed.examples.inputs.addressable_shards if s.device == device)
+        rows = {int(np.flatnonzero((vectors.inputs == row).all(1))[0]) for row in np.asarray(own)}
+        assert rows == held
+
+
+def test_more_devices_than_clients_are_refused(vectors):
+    with pytest.raises(ValueError, match="10 clients cannot be spread over 16 devices"):
+        pack(vectors, PARTS, 16)
+
+
+def test_one_program_for_every_cohort(vectors, key):
+    """Cohorts, segments and weights change from round to round, what is compiled does not."""
+    method = make_method(weighted_mean())
+    run_rounds, clients = sharded(method, with_dropout(uniform_cohort(5), 0.3), vectors, 2)
+    server, box = start(method), jax.tree_util.Partial(linear_box)
+    server = replicate(server, make_mesh(2))
+    for rounds in ([0, 1], [2, -1]):
+        server, _ = run_rounds(box, server, clients, key, np.asarray(rounds, np.int32))
+    assert run_rounds._cache_size() == 1
