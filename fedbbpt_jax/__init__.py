@@ -56,6 +56,8 @@ from fedbbpt_jax.federated.averaging import (
     weighted_mean_of_params,
 )
 from fedbbpt_jax.federated.cohort import ClientData, draw_cohort, pack
+from fedbbpt_jax.federated.host import host_rounds
+from fedbbpt_jax.federated.mesh import make_mesh, place_clients, replicate
 from fedbbpt_jax.federated.participation import (
     Participation,
     uniform_cohort,
@@ -64,14 +66,7 @@ from fedbbpt_jax.federated.participation import (
     with_dropout,
     with_equal_weights,
 )
-from fedbbpt_jax.federated.placement import (
-    compile_rounds,
-    host_rounds,
-    make_mesh,
-    place_clients,
-    replicate,
-    shard_rounds,
-)
+from fedbbpt_jax.federated.placement import compile_rounds, shard_rounds, sweep_rounds
 from fedbbpt_jax.federated.round import RoundInfo, federated_round
 from fedbbpt_jax.federated.server_optimizers import fedadam, fedavgm, fedyogi, with_server_optimizer
 from fedbbpt_jax.models.features import vit_features

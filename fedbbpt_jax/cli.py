@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -35,8 +36,9 @@ from fedbbpt_jax.training.partition_report import partition_summary, partition_t
 from fedbbpt_jax.training.prepare import Setup, prepare
 from fedbbpt_jax.training.processes import Processes, connected, speaks
 from fedbbpt_jax.training.records import append_row, create_folder, summarise, write_config, write_json, write_prompt
-from fedbbpt_jax.training.report import heading, summary_table, write_accuracy_figure, write_prompt_figure
+from fedbbpt_jax.training.report import heading, summary_table, sweep_table, write_accuracy_figure, write_prompt_figure
 from fedbbpt_jax.training.run import Row
+from fedbbpt_jax.training.sweep import run_sweep
 
 EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 _COLUMNS = (
@@ -54,6 +56,8 @@ class Run:
     Attributes:
       experiment: what to run.
       seeds: several runs, as 0..4 or 0,3,7; overrides --seed.
+      lr: step size at the start, decaying by a cosine to 0.3 of it; by optimizer if left out. Several, as 0.003,0.01,
+        are a sweep: all runs play in one program, and are compared on validation data.
       compare: run the baselines too, and report the share of the white-box gain that was recovered.
       dry_run: show who would hold what, and end; nothing is queried, and written only to an --output-dir.
       output_dir: a new folder for the results; runs/<task>-<time> if left out.
@@ -64,6 +68,7 @@ class Run:
 
     experiment: tyro.conf.OmitArgPrefixes[Experiment] = field(default_factory=Experiment)
     seeds: str | None = None
+    lr: str | None = None
     compare: bool = False
     dry_run: bool = False
     output_dir: Path | None = None
@@ -153,16 +158,18 @@ def list_command(command: List) -> int:
 
 
 def run_command(command: Run) -> int:
-    """Runs one experiment, several seeds of it, or each of them beside its baselines, into one new folder."""
-    seeds = _parse_seeds(command)
-    experiments = {seed: _experiments(command, seed) for seed in seeds}
+    """Runs an experiment, several seeds or step sizes of it, or seeds beside their baselines, into one new folder."""
+    seeds, lrs = _parse_seeds(command), _parse_lrs(command)
+    experiments = {seed: _experiments(command, seed, lrs) for seed in seeds}
+    is_sweep = len(lrs) > 1
+    run_all = run_sweep if is_sweep else functools.partial(run_seeds, white_box=command.compare)
     setups = [prepare(e) for e in experiments[seeds[0]].values()]  # bad input ends here, before anything is written
     if command.dry_run:
         return _show_partition(command, setups[0])
     if not speaks():
-        _, interrupted = run_seeds(experiments, lambda label, row: None, white_box=command.compare)
+        _, interrupted = run_all(experiments, lambda label, row: None)
         return EXIT_INTERRUPTED if interrupted else 0
-    base = resolve(replace(command.experiment, seed=seeds[0]))
+    base = setups[0].experiment
     folder = command.output_dir or Path("runs") / f"{base.task}-{time.strftime('%Y%m%d-%H%M%S')}"
     _check_json_target(command.json, folder)
     create_folder(folder)
@@ -171,14 +178,14 @@ def run_command(command: Run) -> int:
     console = Console(quiet=command.quiet, stderr=True)
     with Progress(*_COLUMNS, console=console) as progress:
         on_row = _follower(folder, progress, experiments)
-        results, interrupted = run_seeds(experiments, on_row, white_box=command.compare)
+        results, interrupted = run_all(experiments, on_row)
     method = next(iter(results[0].outcomes.values()))
     write_prompt(folder, method)
     write_json(folder / "summary.json", summarise(results))
     write_accuracy_figure(folder / "accuracy.png", results)
     write_prompt_figure(folder / "prompt.png", method)
     console.print(heading(results))
-    console.print(summary_table(results))
+    console.print(sweep_table(results) if is_sweep else summary_table(results))
     console.print(f"results in {folder}")
     if command.json is not None:
         _write_json_to(command.json, summarise(results))
@@ -228,9 +235,11 @@ def variance_command(command: Variance) -> int:
     return 0
 
 
-def _experiments(command: Run, seed: int) -> dict[str, Experiment]:
+def _experiments(command: Run, seed: int, lrs: list[float | None]) -> dict[str, Experiment]:
     """Returns label to experiment for one seed; the first is the method itself."""
-    base = replace(command.experiment, seed=seed)
+    if len(lrs) > 1:
+        return {f"step {lr:g}": replace(command.experiment, seed=seed, lr=lr) for lr in lrs if lr is not None}
+    base = replace(command.experiment, seed=seed, lr=lrs[0])
     return variants(base) if command.compare else {"federated": base}
 
 
@@ -273,6 +282,21 @@ def _parse_seeds(command: Run) -> list[int]:
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds must be a range such as 0..4 or a list such as 0,3,7, got {text!r}")
     return seeds
+
+
+def _parse_lrs(command: Run) -> list[float | None]:
+    """Returns the step sizes of `0.01` or `0.003,0.01`; None is for the optimizer's own."""
+    if command.lr is None:
+        return [command.experiment.lr]
+    try:
+        lrs: list[float | None] = [float(lr) for lr in command.lr.split(",")]
+    except ValueError:
+        lrs = []
+    if not lrs or len(set(lrs)) < len(lrs):
+        raise ValueError(f"--lr must be a number, or a list such as 0.003,0.01, got {command.lr!r}")
+    if len(lrs) > 1 and command.compare:
+        raise ValueError(f"--compare is of one step size, got --lr {command.lr}")
+    return lrs
 
 
 def _write_json_to(target: str, content: object) -> None:

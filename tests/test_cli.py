@@ -202,6 +202,10 @@ BAD_INPUTS = {
         "--server-optimizer has nothing to do",
     ),
     "placement": (["--placement", "shard"], "--placement shard needs a client for each of 8 devices, got 5"),
+    "lr-words": (["--lr", "high"], "--lr must be a number, or a list such as 0.003,0.01, got 'high'"),
+    "lr-twice": (["--lr", "0.1,0.1"], "--lr must be a number, or a list"),
+    "lr-negative": (["--lr", "0.1,-1"], "--lr must be positive and finite, got -1.0"),
+    "lr-compared": (["--lr", "0.1,0.2", "--compare"], "--compare is of one step size, got --lr 0.1,0.2"),
     "cohort-6": (["--cohort", "6"], "--cohort must be at most --num-clients 5, got 6"),
     "budget-10": (["--budget", "10"], "--budget must pay for one round of "),
     "budget-of-a-quarter": (["--compare", *SIZES, "--budget", "1600"], "--budget"),
@@ -332,6 +336,21 @@ def test_an_interrupt_while_a_later_seed_starts_keeps_the_earlier_ones(tmp_path,
     assert cli.main(["run", *TINY, "--seeds", "0..2", "--output-dir", str(tmp_path)]) == 130
     assert summary_of(tmp_path)["seed"] == 0
     assert "before the first round" not in capsys.readouterr().err
+
+
+def test_a_sweep_compares_step_sizes_on_validation_data(tmp_path, capsys):
+    small = ["--num-clients", "2", "--num-directions", "2", "--budget", "256", "--eval-every", "1"]
+    assert cli.main(["run", *small, "--seeds", "0,1", "--lr", "0.003,0.03", "--output-dir", str(tmp_path)]) == 0
+    err = capsys.readouterr().err
+    assert "validation acc. %" in err
+    assert "test acc" not in err
+    summary = summary_of(tmp_path)
+    assert list(summary["runs"]) == ["step 0.003", "step 0.03"]
+    assert summary["runs"]["step 0.03"]["seed"] == [0, 1]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert {(row["run"], row["seed"]) for row in rows} == {
+        (f"step {lr}", seed) for lr in (0.003, 0.03) for seed in (0, 1)
+    }
 
 
 def test_a_dry_run_shows_who_would_hold_what(tmp_path, monkeypatch, capsys):

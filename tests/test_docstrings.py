@@ -47,6 +47,13 @@ FACTORIES = {
     "estimators.variance": ["measure"],
     "federated.averaging": ["weighted_mean", "weighted_mean_of_params", "partly_shared", "isolated"],
     "federated.server_optimizers": ["with_server_optimizer", "fedavgm", "fedadam", "fedyogi"],
+    "federated.participation": [
+        "uniform_cohort",
+        "weighted_cohort",
+        "with_equal_weights",
+        "with_dropout",
+        "with_availability",
+    ],
     "optimizers.descent": ["descent"],
     "prompts.coordinator": ["coordinator"],
     "prompts.personal": ["personal"],

@@ -1,21 +1,20 @@
-"""Where the stages of a round run: in one program on one device, over a mesh of devices, or around a box on the host.
+"""Rounds as one compiled program: on one device, over a mesh of devices, or many runs at once.
 
-All three play the same round body with the same draws: client i's keys, minibatches and directions are functions of its
-id. So they agree to the rounding of sums.
+All play the same round body with the same draws, and so does `host.py`: client i's keys, minibatches and directions are
+functions of its id. So they agree to the rounding of sums.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from fedbbpt_jax.federated.cohort import ClientData, clients_per_shard, draw_cohort, draw_rows
+from fedbbpt_jax.federated.mesh import CLIENTS, RUNS
 from fedbbpt_jax.federated.participation import Participation
 from fedbbpt_jax.federated.round import (
     Evaluate,
@@ -24,12 +23,13 @@ from fedbbpt_jax.federated.round import (
     federated_round,
     response_losses,
 )
-from fedbbpt_jax.types import BlackBox, Cohort, Examples, Method, PyTree, Query
+from fedbbpt_jax.types import BlackBox, Cohort, Method, PyTree, Query
 
 RunRounds = Callable[[BlackBox, PyTree, ClientData, Array, Array], tuple[PyTree, RoundInfo]]
 """`(box, server, clients, key, rounds [R]) -> (server, RoundInfo [R])`; a negative round number is skipped, so that
 segments of unequal length share one compilation."""
-CLIENTS = "clients"  # the axis of a mesh
+RunSweep = Callable[[BlackBox, PyTree, PyTree, ClientData, Array, Array], tuple[PyTree, RoundInfo]]
+"""`(box, choices [S, ...], servers [S, ...], clients [S, ...], keys [S], rounds [R]) -> (servers, RoundInfo [S, R])`"""
 OneRound = Callable[[BlackBox, ClientData, Array, PyTree, Array], tuple[PyTree, RoundInfo]]
 
 
@@ -52,14 +52,55 @@ def compile_rounds(
     Raises:
       ValueError: a size is not positive.
     """
-    _check(local_steps=local_steps, batch_size=batch_size, chunk_size=chunk_size)
+    check_sizes(local_steps=local_steps, batch_size=batch_size, chunk_size=chunk_size)
 
-    def one_round(box: BlackBox, clients: ClientData, key: Array, server: PyTree, index: Array):
-        cohort_key, client_key = jax.random.split(jax.random.fold_in(key, index))
-        cohort = draw_cohort(cohort_key, index, clients, participation, local_steps, batch_size)
-        return federated_round(method, _in_chunks(method, box, clients, chunk_size), client_key, server, cohort)
+    one_round = _one_round(method, participation, local_steps, batch_size, chunk_size)
 
-    return jax.jit(partial(_scan_rounds, one_round))
+    @jax.jit
+    def run_rounds(box: BlackBox, server: PyTree, clients: ClientData, key: Array, rounds: Array):
+        return _scan_rounds(one_round, box, server, clients, key, rounds)
+
+    return run_rounds
+
+
+def sweep_rounds(
+    build: Callable[[PyTree], Method],
+    participation: Participation,
+    mesh: Mesh,
+    *,
+    local_steps: int,
+    batch_size: int,
+    chunk_size: int = 16,
+) -> RunSweep:
+    """Returns rounds of S runs as one compiled program, over as many devices as divide S.
+
+    Runs may differ in their data, their seeds and the numbers that `build` makes a method from, such as a step size.
+
+    Args:
+      build: `choices -> method`; the choices are arrays.
+      participation: who takes part.
+      mesh: of one axis "runs" (`make_mesh`), over which the runs are spread.
+      local_steps: as for `compile_rounds`, and so is the other size.
+      chunk_size: candidates in flight at once, of all runs of a device.
+
+    Raises:
+      ValueError: a size is not positive.
+    """
+    check_sizes(local_steps=local_steps, batch_size=batch_size, chunk_size=chunk_size)
+
+    def run_all(box: BlackBox, choices: PyTree, servers: PyTree, clients: ClientData, keys: Array, rounds: Array):
+        own_chunk = max(1, chunk_size // len(keys))
+
+        def run_one(choice: PyTree, server: PyTree, clients: ClientData, key: Array):
+            one_round = _one_round(build(choice), participation, local_steps, batch_size, own_chunk)
+            return _scan_rounds(one_round, box, server, clients, key, rounds)
+
+        return jax.vmap(run_one)(choices, servers, clients, keys)
+
+    alike, apart = PartitionSpec(), PartitionSpec(RUNS)
+    specs = alike, apart, apart, apart, apart, alike
+    # Runs know nothing of each other: nothing is summed over them, so there is no replication to be checked.
+    return jax.jit(jax.shard_map(run_all, mesh=mesh, in_specs=specs, out_specs=apart, check_vma=False))
 
 
 def shard_rounds(
@@ -85,7 +126,7 @@ def shard_rounds(
     Raises:
       ValueError: a size is not positive.
     """
-    _check(local_steps=local_steps, batch_size=batch_size, chunk_size=chunk_size)
+    check_sizes(local_steps=local_steps, batch_size=batch_size, chunk_size=chunk_size)
 
     def total(x: Array) -> Array:
         return jax.lax.psum(x.sum(0), CLIENTS)
@@ -114,93 +155,22 @@ def shard_rounds(
     everywhere = PartitionSpec()
     spread_out = ClientData._make([PartitionSpec(CLIENTS), everywhere, everywhere, everywhere])
     specs = everywhere, everywhere, spread_out, everywhere, everywhere
-    return jax.jit(
-        jax.shard_map(partial(_scan_rounds, one_round), mesh=mesh, in_specs=specs, out_specs=(everywhere, everywhere))
-    )
-
-
-def host_rounds(method: Method, participation: Participation, *, local_steps: int, batch_size: int) -> RunRounds:
-    """Returns rounds around a box that is called on the host with whole arrays: one query for each local step.
-
-    Asking and telling are compiled, the loops over rounds and steps are Python's. Clients that do not come are not
-    asked.
-
-    Args:
-      method: as for `compile_rounds`, and so are the sizes.
-      participation: who takes part.
-
-    Raises:
-      ValueError: a size is not positive; whatever the box raises passes through.
-    """
-    _check(local_steps=local_steps, batch_size=batch_size)
-    tell, aggregate = jax.jit(method.optimizer.tell), jax.jit(method.federation.aggregate, static_argnums=4)
-    around = method._replace(
-        optimizer=method.optimizer._replace(tell=tell), federation=method.federation._replace(aggregate=aggregate)
-    )
-    ks = jnp.arange(method.optimizer.num_candidates)
-
-    @jax.jit
-    def draw(key: Array, index: Array, clients: ClientData) -> tuple[Cohort, Array]:
-        cohort_key, client_key = jax.random.split(jax.random.fold_in(key, index))
-        return draw_cohort(cohort_key, index, clients, participation, local_steps, batch_size), client_key
-
-    @jax.jit
-    def prompts(keys: Array, states: PyTree, features: Array) -> PyTree:
-        over_candidates = jax.vmap(partial(candidate_prompt, method), (None, None, 0, None))
-        return jax.vmap(over_candidates, (0, 0, None, 0))(keys, states, ks, features)
-
-    losses = jax.jit(partial(response_losses, method))
-
-    def evaluate(box: BlackBox, examples: Examples, keys: Array, states: PyTree, rows: Array, taking_part: Array):
-        present = jnp.flatnonzero(taking_part)
-        shape = (len(keys), len(ks), rows.shape[1])
-        if len(present) == 0:
-            return jnp.zeros(shape), jnp.zeros(shape, bool)
-        keys, states = jax.tree.map(lambda x: x[present], (keys, states))
-        batches = jax.tree.map(lambda x: jnp.asarray(x[rows[present]]), examples)
-        response = box(Query(prompts(keys, states, batches.features), batches.inputs))
-        found, valid = losses(jax.tree.map(jnp.asarray, response), batches.labels)
-        return jnp.zeros(shape).at[present].set(found), jnp.zeros(shape, bool).at[present].set(valid)
 
     def run_rounds(box: BlackBox, server: PyTree, clients: ClientData, key: Array, rounds: Array):
-        infos = []
-        for index in jnp.asarray(rounds)[jnp.asarray(rounds) >= 0]:
-            cohort, client_key = draw(key, index, clients)
-            server, info = federated_round(
-                around, partial(evaluate, box, clients.examples), client_key, server, cohort, scan=_loop
-            )
-            infos.append(info)
-        return server, jax.tree.map(lambda *x: jnp.stack(x), *infos)
+        return _scan_rounds(one_round, box, server, clients, key, rounds)
 
-    return run_rounds
+    return jax.jit(jax.shard_map(run_rounds, mesh=mesh, in_specs=specs, out_specs=everywhere))
 
 
-def make_mesh(most: int) -> Mesh:
-    """Returns a mesh over all devices of all processes, or over the first `most` of them."""
-    devices = jax.devices()[:most]
-    return jax.make_mesh((len(devices),), (CLIENTS,), devices=devices, axis_types=(AxisType.Auto,))
+def _one_round(
+    method: Method, participation: Participation, local_steps: int, batch_size: int, chunk_size: int
+) -> OneRound:
+    def one_round(box: BlackBox, clients: ClientData, key: Array, server: PyTree, index: Array):
+        cohort_key, client_key = jax.random.split(jax.random.fold_in(key, index))
+        cohort = draw_cohort(cohort_key, index, clients, participation, local_steps, batch_size)
+        return federated_round(method, _in_chunks(method, box, clients, chunk_size), client_key, server, cohort)
 
-
-def place_clients(clients: ClientData, mesh: Mesh) -> ClientData:
-    """Returns clients, packed into as many shards as the mesh has devices, each shard on its own device."""
-    rest = replicate((clients.starts, clients.sizes, clients.places), mesh)
-    return ClientData(_place(clients.examples, mesh, PartitionSpec(CLIENTS)), *rest)
-
-
-def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Returns the same arrays on every device of a mesh."""
-    return _place(tree, mesh, PartitionSpec())
-
-
-def here(tree: Any) -> Any:
-    """Returns what every device holds alike, such as a server's state, as arrays of one device of this process."""
-    return jax.tree.map(lambda x: x.addressable_data(0), tree)
-
-
-def _place(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
-    """Returns arrays on a mesh; each process moves only the parts that its own devices hold."""
-    sharding = NamedSharding(mesh, spec)
-    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree)
+    return one_round
 
 
 def _scan_rounds(one_round: OneRound, box: BlackBox, server: PyTree, clients: ClientData, key: Array, rounds: Array):
@@ -251,15 +221,6 @@ def _in_chunks(
     return evaluate
 
 
-def _loop(body: Callable, carry: PyTree, rows: PyTree) -> tuple[PyTree, PyTree]:
-    """Returns what `jax.lax.scan` returns, by a loop of Python's."""
-    found = []
-    for i in range(len(jax.tree.leaves(rows)[0])):
-        carry, out = body(carry, jax.tree.map(lambda x, i=i: x[i], rows))
-        found.append(out)
-    return carry, jax.tree.map(lambda *x: jnp.stack(x), *found)
-
-
 def _varying(x: Array) -> Array:
     """Returns an array that may differ between devices, as the local steps' states do."""
     return jnp.where(jax.lax.axis_index(CLIENTS) >= 0, x, x)  # `jax.lax.pcast` refuses what varies already
@@ -276,7 +237,8 @@ def _even_chunk(num_rows: int, chunk_size: int) -> int:
     return max(size for size in range(1, min(chunk_size, num_rows) + 1) if num_rows % size == 0)
 
 
-def _check(**sizes: int) -> None:
+def check_sizes(**sizes: int) -> None:
+    """Raises ValueError where a size is not positive."""
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{name} must be at least 1, got {size}")

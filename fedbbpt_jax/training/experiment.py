@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import tyro
@@ -100,7 +100,7 @@ class Experiment:
     num_directions: int = 5
     perturbation_size: float | None = None
     optimizer: Literal["adam", "sgd"] = "adam"
-    lr: float | None = None
+    lr: Annotated[float | None, tyro.conf.Suppress] = None
     budget: int = 64_000
     eval_every: int = 8
     precision: Precision = "highest"

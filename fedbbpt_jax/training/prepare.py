@@ -14,15 +14,9 @@ from jax.sharding import Mesh
 
 from fedbbpt_jax.black_box.frozen import query_only
 from fedbbpt_jax.federated.cohort import ClientData, pack
-from fedbbpt_jax.federated.placement import (
-    RunRounds,
-    compile_rounds,
-    host_rounds,
-    make_mesh,
-    place_clients,
-    replicate,
-    shard_rounds,
-)
+from fedbbpt_jax.federated.host import host_rounds
+from fedbbpt_jax.federated.mesh import make_mesh, place_clients, replicate
+from fedbbpt_jax.federated.placement import RunRounds, compile_rounds, shard_rounds
 from fedbbpt_jax.training.build import build_method, build_participation
 from fedbbpt_jax.training.evaluate import Evaluation, compile_evaluation
 from fedbbpt_jax.training.experiment import Experiment, ResolvedExperiment, resolve, without_data

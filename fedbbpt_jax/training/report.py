@@ -123,6 +123,16 @@ def heading(results: Sequence[SeedResult]) -> str:
     return f"{e.task}: {e.num_clients} clients, {e.partition}, {e.shots} shots per class, seed {seeds}"
 
 
+def sweep_table(results: Sequence[SeedResult]) -> Table:
+    """Returns one line per step size: validation accuracy, mean over seeds. The test part is not for choices."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("", no_wrap=True)
+    table.add_column("validation acc. %", justify="right", no_wrap=True)
+    for label in results[0].outcomes:
+        table.add_row(label, format_mean([r.outcomes[label].rows[-1]["accuracy"] for r in results]))
+    return table
+
+
 def summary_table(results: Sequence[SeedResult]) -> Table:
     """Returns one line per run: test accuracy, share of the white-box gain, requests, bytes and seconds.
 

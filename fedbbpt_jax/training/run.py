@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from fedbbpt_jax.federated.placement import here
+from fedbbpt_jax.federated.mesh import here
+from fedbbpt_jax.federated.round import RoundInfo
 from fedbbpt_jax.training.evaluate import Evaluation
 from fedbbpt_jax.training.experiment import Experiment, ResolvedExperiment
 from fedbbpt_jax.training.prepare import Setup, prepare
@@ -17,6 +19,7 @@ from fedbbpt_jax.types import Examples, Params, PyTree, Task
 
 Row = dict[str, Any]
 NUM_SHOWN = 6
+COUNTS = ("round", "num_evaluations", "num_requests", "num_valid", "uplink_bytes", "downlink_bytes")
 
 
 class Outcome(NamedTuple):
@@ -53,53 +56,88 @@ def run(experiment: Experiment, on_row: Callable[[Row], None] = lambda row: None
     """
     started = time.perf_counter()
     setup = prepare(experiment)
-    server, rows = setup.server, []
-    zero_shot = _evaluate(setup, server, setup.task.test)
+    zero_shot = evaluate_on(setup, setup.server, setup.task.test)
     compile_seconds = _compile(setup)
+    record = Record(setup, started)
     stopped_by = "rounds" if setup.experiment.num_rounds == experiment.num_rounds else "budget"
     try:
-        for server, counts in _play(setup):
-            result = _evaluate(setup, server, setup.task.validation)
-            figures = {"loss": float(result.loss), "accuracy": float(result.accuracy)}
-            seconds = time.perf_counter() - started
-            rows.append({**counts, **figures, "wall_seconds": seconds, "seed": setup.experiment.seed})
-            on_row(rows[-1])
+        on_row(record.add_row())
+        for rounds in segments(setup.experiment):
+            server, info = setup.programs.run_rounds(setup.rounds_box, record.server, setup.clients, setup.key, rounds)
+            record.count(server, info, int((rounds >= 0).sum()))
+            on_row(record.add_row())
     except KeyboardInterrupt:
-        if not rows:
+        if not record.rows:
             raise
         stopped_by = "interrupted"
-    final = _evaluate(setup, server, setup.task.test)
+    return finish(record, zero_shot, {"compile_seconds": compile_seconds, "stopped_by": stopped_by})
+
+
+@dataclass
+class Record:
+    """What a run has reached.
+
+    Attributes:
+      setup: of the run.
+      started: by the clock.
+      server: its state.
+      counts: of rounds, queries and bytes.
+      rows: one for each evaluation on validation data.
+      num_eval_requests: what those took.
+    """
+
+    setup: Setup
+    started: float
+    server: PyTree = None
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
+    rows: list[Row] = field(default_factory=list)
+    num_eval_requests: int = 0
+
+    def __post_init__(self) -> None:
+        """Starts from the server's first state."""
+        self.server = self.setup.server
+
+    def count(self, server: PyTree, info: RoundInfo, num_rounds: int) -> None:
+        """Takes the server's state after a segment of rounds, and adds what they cost."""
+        down, up = self.setup.payload
+        added = {
+            name: int(here(getattr(info, name)).sum()) for name in ("num_evaluations", "num_requests", "num_valid")
+        }
+        added |= {"round": num_rounds, "uplink_bytes": num_rounds * up, "downlink_bytes": num_rounds * down}
+        self.counts = {name: value + added[name] for name, value in self.counts.items()}
+        self.server = server
+
+    def add_row(self) -> Row:
+        """Returns a new row, evaluated on validation data."""
+        result = evaluate_on(self.setup, self.server, self.setup.task.validation)
+        self.num_eval_requests += int(result.num_requests)
+        figures = {"loss": float(result.loss), "accuracy": float(result.accuracy)}
+        seconds = time.perf_counter() - self.started
+        self.rows.append({**self.counts, **figures, "wall_seconds": seconds, "seed": self.setup.experiment.seed})
+        return self.rows[-1]
+
+
+def finish(record: Record, zero_shot: Evaluation, more: Row) -> Outcome:
+    """Returns the outcome of what was recorded; here the test part is used for the second time, and the last."""
+    setup, rows = record.setup, record.rows
+    final = evaluate_on(setup, record.server, setup.task.test)
     summary = {
         "task": setup.experiment.task,
         "zero_shot_accuracy": float(zero_shot.accuracy),
         "test_accuracy": float(final.accuracy),
         "test_loss": float(final.loss),
         "validation_accuracy": rows[-1]["accuracy"],
-        **counts,
-        "num_eval_requests": len(rows) * int(result.num_requests) + 2 * int(final.num_requests),
-        "wall_seconds": time.perf_counter() - started,
-        "compile_seconds": compile_seconds,
-        "stopped_by": stopped_by,
+        **record.counts,
+        "num_eval_requests": record.num_eval_requests + 2 * int(final.num_requests),
+        "wall_seconds": time.perf_counter() - record.started,
+        **more,
         "seed": setup.experiment.seed,
     }
-    params = _params(setup, server)
+    params = _params(setup, record.server)
     return Outcome(setup.experiment, setup.task, params, _shown_prompts(setup, params), rows, summary)
 
 
-def _play(setup: Setup) -> Iterator[tuple[PyTree, Row]]:
-    """Yields the server's state and the counts so far: before the first round, then after each segment."""
-    server, (down, up) = setup.server, setup.payload
-    counts: Row = {"round": 0, "num_evaluations": 0, "num_requests": 0, "num_valid": 0}
-    yield server, {**counts, "uplink_bytes": 0, "downlink_bytes": 0}
-    for rounds in _segments(setup.experiment):
-        server, info = setup.programs.run_rounds(setup.rounds_box, server, setup.clients, setup.key, rounds)
-        counts["round"] += int((rounds >= 0).sum())
-        for name in ("num_evaluations", "num_requests", "num_valid"):
-            counts[name] += int(here(getattr(info, name)).sum())
-        yield server, {**counts, "uplink_bytes": counts["round"] * up, "downlink_bytes": counts["round"] * down}
-
-
-def _segments(e: ResolvedExperiment) -> np.ndarray:
+def segments(e: ResolvedExperiment) -> np.ndarray:
     """Returns round numbers int32 `[segments, eval_every]`; -1 pads the last segment."""
     length = min(e.eval_every, e.num_rounds)
     rounds = np.arange(-(-e.num_rounds // length) * length, dtype=np.int32)
@@ -109,12 +147,13 @@ def _segments(e: ResolvedExperiment) -> np.ndarray:
 def _compile(setup: Setup) -> float:
     """Returns the seconds it took to compile the rounds, by playing a segment of skipped ones."""
     started = time.perf_counter()
-    skipped = np.full_like(_segments(setup.experiment)[0], -1)
+    skipped = np.full_like(segments(setup.experiment)[0], -1)
     jax.block_until_ready(setup.programs.run_rounds(setup.rounds_box, setup.server, setup.clients, setup.key, skipped))
     return time.perf_counter() - started
 
 
-def _evaluate(setup: Setup, server: PyTree, examples: Examples) -> Evaluation:
+def evaluate_on(setup: Setup, server: PyTree, examples: Examples) -> Evaluation:
+    """Returns the accuracy and loss of a server's prompts on held-out examples."""
     return setup.programs.evaluate(setup.box, _params(setup, server), examples)
 
 

@@ -11,6 +11,8 @@ from fedbbpt_jax.estimators.directions import rademacher
 from fedbbpt_jax.estimators.spsa import spsa
 from fedbbpt_jax.federated.averaging import isolated, weighted_mean
 from fedbbpt_jax.federated.cohort import pack
+from fedbbpt_jax.federated.host import host_rounds
+from fedbbpt_jax.federated.mesh import make_mesh, place_clients, replicate
 from fedbbpt_jax.federated.participation import (
     uniform_cohort,
     weighted_cohort,
@@ -18,14 +20,7 @@ from fedbbpt_jax.federated.participation import (
     with_dropout,
     with_equal_weights,
 )
-from fedbbpt_jax.federated.placement import (
-    compile_rounds,
-    host_rounds,
-    make_mesh,
-    place_clients,
-    replicate,
-    shard_rounds,
-)
+from fedbbpt_jax.federated.placement import compile_rounds, shard_rounds
 from fedbbpt_jax.objectives import cross_entropy
 from fedbbpt_jax.optimizers.descent import descent
 from fedbbpt_jax.types import Method

@@ -1,0 +1,81 @@
+"""Rounds around a black box that cannot be traced: one that answers on the host, as a served one does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from fedbbpt_jax.federated.cohort import ClientData, draw_cohort
+from fedbbpt_jax.federated.participation import Participation
+from fedbbpt_jax.federated.placement import RunRounds, check_sizes
+from fedbbpt_jax.federated.round import candidate_prompt, federated_round, response_losses
+from fedbbpt_jax.types import BlackBox, Cohort, Examples, Method, PyTree, Query
+
+
+def host_rounds(method: Method, participation: Participation, *, local_steps: int, batch_size: int) -> RunRounds:
+    """Returns rounds around a box that is called on the host with whole arrays: one query for each local step.
+
+    Asking and telling are compiled, the loops over rounds and steps are Python's. Clients that do not come are not
+    asked.
+
+    Args:
+      method: as for `compile_rounds`, and so are the sizes.
+      participation: who takes part.
+
+    Raises:
+      ValueError: a size is not positive; whatever the box raises passes through.
+    """
+    check_sizes(local_steps=local_steps, batch_size=batch_size)
+    tell, aggregate = jax.jit(method.optimizer.tell), jax.jit(method.federation.aggregate, static_argnums=4)
+    around = method._replace(
+        optimizer=method.optimizer._replace(tell=tell), federation=method.federation._replace(aggregate=aggregate)
+    )
+    ks = jnp.arange(method.optimizer.num_candidates)
+
+    @jax.jit
+    def draw(key: Array, index: Array, clients: ClientData) -> tuple[Cohort, Array]:
+        cohort_key, client_key = jax.random.split(jax.random.fold_in(key, index))
+        return draw_cohort(cohort_key, index, clients, participation, local_steps, batch_size), client_key
+
+    @jax.jit
+    def prompts(keys: Array, states: PyTree, features: Array) -> PyTree:
+        over_candidates = jax.vmap(partial(candidate_prompt, method), (None, None, 0, None))
+        return jax.vmap(over_candidates, (0, 0, None, 0))(keys, states, ks, features)
+
+    losses = jax.jit(partial(response_losses, method))
+
+    def evaluate(box: BlackBox, examples: Examples, keys: Array, states: PyTree, rows: Array, taking_part: Array):
+        present = jnp.flatnonzero(taking_part)
+        shape = (len(keys), len(ks), rows.shape[1])
+        if len(present) == 0:
+            return jnp.zeros(shape), jnp.zeros(shape, bool)
+        keys, states = jax.tree.map(lambda x: x[present], (keys, states))
+        batches = jax.tree.map(lambda x: jnp.asarray(x[rows[present]]), examples)
+        response = box(Query(prompts(keys, states, batches.features), batches.inputs))
+        found, valid = losses(jax.tree.map(jnp.asarray, response), batches.labels)
+        return jnp.zeros(shape).at[present].set(found), jnp.zeros(shape, bool).at[present].set(valid)
+
+    def run_rounds(box: BlackBox, server: PyTree, clients: ClientData, key: Array, rounds: Array):
+        infos = []
+        for index in jnp.asarray(rounds)[jnp.asarray(rounds) >= 0]:
+            cohort, client_key = draw(key, index, clients)
+            server, info = federated_round(
+                around, partial(evaluate, box, clients.examples), client_key, server, cohort, scan=_loop
+            )
+            infos.append(info)
+        return server, jax.tree.map(lambda *x: jnp.stack(x), *infos)
+
+    return run_rounds
+
+
+def _loop(body: Callable, carry: PyTree, rows: PyTree) -> tuple[PyTree, PyTree]:
+    """Returns what `jax.lax.scan` returns, by a loop of Python's."""
+    found = []
+    for i in range(len(jax.tree.leaves(rows)[0])):
+        carry, out = body(carry, jax.tree.map(lambda x, i=i: x[i], rows))
+        found.append(out)
+    return carry, jax.tree.map(lambda *x: jnp.stack(x), *found)
