@@ -19,3 +19,7 @@ class OutputError(FedBBPTError):
 
 class ProcessError(FedBBPTError):
     """The processes of one run do not find each other, or do not agree."""
+
+
+class DeviceMemoryError(FedBBPTError):
+    """A device has too little memory for what was asked of it at once."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from fedbbpt_jax.errors import DeviceMemoryError
 from fedbbpt_jax.federated.mesh import here
 from fedbbpt_jax.federated.round import RoundInfo
 from fedbbpt_jax.training.evaluate import Evaluation
@@ -53,6 +55,7 @@ def run(experiment: Experiment, on_row: Callable[[Row], None] = lambda row: None
 
     Raises:
       ValueError, TaskError, CheckpointError: the experiment cannot be run as described.
+      DeviceMemoryError: the device has too little memory for it.
     """
     started = time.perf_counter()
     setup = prepare(experiment)
@@ -63,7 +66,10 @@ def run(experiment: Experiment, on_row: Callable[[Row], None] = lambda row: None
     try:
         on_row(record.add_row())
         for rounds in segments(setup.experiment):
-            server, info = setup.programs.run_rounds(setup.rounds_box, record.server, setup.clients, setup.key, rounds)
+            with advice_on_memory(setup.experiment):
+                server, info = setup.programs.run_rounds(
+                    setup.rounds_box, record.server, setup.clients, setup.key, rounds
+                )
             record.count(server, info, int((rounds >= 0).sum()))
             on_row(record.add_row())
     except KeyboardInterrupt:
@@ -115,6 +121,24 @@ class Record:
         seconds = time.perf_counter() - self.started
         self.rows.append({**self.counts, **figures, "wall_seconds": seconds, "seed": self.setup.experiment.seed})
         return self.rows[-1]
+
+
+@contextmanager
+def advice_on_memory(e: ResolvedExperiment) -> Iterator[None]:
+    """Turns a device's lack of memory into an error that says what to change.
+
+    Raises:
+      DeviceMemoryError: the device had too little memory.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DeviceMemoryError(
+            f"the device has too little memory for {e.chunk_size} candidates of {e.batch_size} examples at once: try "
+            f"--chunk-size {max(1, e.chunk_size // 2)}, a smaller --batch-size or --precision bfloat16"
+        ) from error
 
 
 def finish(record: Record, zero_shot: Evaluation, more: Row) -> Outcome:

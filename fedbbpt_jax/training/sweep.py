@@ -17,7 +17,7 @@ from fedbbpt_jax.training.build import build_method, build_participation
 from fedbbpt_jax.training.compare import SeedResult
 from fedbbpt_jax.training.experiment import Experiment, ResolvedExperiment, without_data
 from fedbbpt_jax.training.prepare import prepare
-from fedbbpt_jax.training.run import Outcome, Record, Row, evaluate_on, finish, segments
+from fedbbpt_jax.training.run import Outcome, Record, Row, advice_on_memory, evaluate_on, finish, segments
 
 
 def run_sweep(
@@ -69,7 +69,8 @@ def run_together(experiments: Sequence[Experiment], on_row: Callable[[int, Row],
     try:
         _add_rows(records, on_row)
         for rounds in segments(first.experiment):
-            servers, infos = run_rounds(first.box, lrs, servers, clients, keys, rounds)
+            with advice_on_memory(first.experiment):
+                servers, infos = run_rounds(first.box, lrs, servers, clients, keys, rounds)
             for i, record in enumerate(records):
                 server, info = jax.tree.map(lambda x, i=i: x[i], (servers, infos))
                 record.count(server, info, int((rounds >= 0).sum()))

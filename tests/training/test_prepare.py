@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from fedbbpt_jax.training.experiment import Experiment
+from fedbbpt_jax.errors import DeviceMemoryError
+from fedbbpt_jax.training.experiment import Experiment, resolve
 from fedbbpt_jax.training.prepare import prepare
-from fedbbpt_jax.training.run import run
+from fedbbpt_jax.training.run import advice_on_memory, run
 
 
 def test_one_compilation_for_all_cohorts_and_segments(caplog):
@@ -19,6 +20,14 @@ def test_one_compilation_for_all_cohorts_and_segments(caplog):
         assert run(Experiment(**sizes, **choices)).summary["round"] == 5
     compiled = [r.getMessage() for r in caplog.records if "XLA compilation of jit(run_rounds)" in r.getMessage()]
     assert len(compiled) == 1
+
+
+def test_too_little_memory_is_an_advice():
+    e = resolve(Experiment())
+    with pytest.raises(DeviceMemoryError, match=r"16 candidates of 4 examples .* --chunk-size 8"), advice_on_memory(e):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), advice_on_memory(e):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
 
 @pytest.mark.slow

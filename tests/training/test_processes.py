@@ -1,7 +1,7 @@
 """Two real processes with two meshes' halves on this machine: the same results as one, and an end when one dies."""
 
 import json
-import signal
+import os
 import socket
 import subprocess
 import sys
@@ -21,10 +21,14 @@ def free_port():
 
 
 def start(port, process_id, folder, *arguments):
-    command = [sys.executable, "-c", "import sys; from fedbbpt_jax.cli import main; sys.exit(main())"]
+    """Returns a process with one device, whose messages go to `folder`.err."""
+    program = [sys.executable, "-c", "import sys; from fedbbpt_jax.cli import main; sys.exit(main())"]
     processes = ["--coordinator", f"localhost:{port}", "--num-processes", "2", "--process-id", str(process_id)]
     where = ["--output-dir", str(folder)]
-    return subprocess.Popen([*command, *ARGUMENTS, *arguments, *processes, *where], stderr=subprocess.PIPE, text=True)
+    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [*program, *ARGUMENTS, *arguments, *processes, *where]
+    with folder.with_suffix(".err").open("w") as messages:
+        return subprocess.Popen(command, stderr=messages, env=environment)
 
 
 def rows_of(folder):
@@ -36,7 +40,8 @@ def rows_of(folder):
 def test_two_processes_are_as_one(tmp_path):
     port = free_port()
     both = [start(port, i, tmp_path / f"of-{i}") for i in (0, 1)]
-    assert [process.wait(300) for process in both] == [0, 0], [process.stderr.read() for process in both]
+    messages = [tmp_path / f"of-{i}.err" for i in (0, 1)]
+    assert [process.wait(300) for process in both] == [0, 0], [file.read_text() for file in messages]
     assert not (tmp_path / "of-1").exists()  # process 0 writes for all
     assert cli.main([*ARGUMENTS, "--output-dir", str(tmp_path / "alone")]) == 0
     together, alone = rows_of(tmp_path / "of-0"), rows_of(tmp_path / "alone")
@@ -51,13 +56,13 @@ def test_the_others_end_when_a_process_dies(tmp_path):
     port = free_port()
     survivor, victim = (start(port, i, tmp_path / f"of-{i}", "--budget", "1000000") for i in (0, 1))
     metrics = tmp_path / "of-0" / "metrics.jsonl"
-    for _ in range(600):
-        if metrics.exists() and len(metrics.read_text().splitlines()) > 1:
-            break
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 2:
+        assert survivor.poll() is None, (tmp_path / "of-0.err").read_text()
         time.sleep(0.5)
-    victim.send_signal(signal.SIGKILL)
+    victim.kill()
+    victim.wait()
     assert survivor.wait(60) != 0  # a hang would end here
-    assert "another process" in survivor.stderr.read()
+    assert "another process was lost" in (tmp_path / "of-0.err").read_text()
 
 
 @pytest.mark.parametrize("missing", ["--coordinator", "--num-processes", "--process-id"])
