@@ -338,6 +338,16 @@ def test_an_interrupt_while_a_later_seed_starts_keeps_the_earlier_ones(tmp_path,
     assert "before the first round" not in capsys.readouterr().err
 
 
+def test_the_host_placement_runs_like_any_other(tmp_path):
+    small = ["--num-clients", "2", "--num-directions", "2", "--budget", "256", "--eval-every", "3", "--quiet"]
+    losses = []
+    for placement in ("host", "compile"):
+        folder = tmp_path / placement
+        assert cli.main(["run", *small, "--placement", placement, "--output-dir", str(folder)]) == 0
+        losses.append(json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
 def test_a_sweep_compares_step_sizes_on_validation_data(tmp_path, capsys):
     small = ["--num-clients", "2", "--num-directions", "2", "--budget", "256", "--eval-every", "1"]
     assert cli.main(["run", *small, "--seeds", "0,1", "--lr", "0.003,0.03", "--output-dir", str(tmp_path)]) == 0

@@ -12,8 +12,8 @@ from jax import Array
 from fedbbpt_jax.federated.cohort import ClientData, draw_cohort
 from fedbbpt_jax.federated.participation import Participation
 from fedbbpt_jax.federated.placement import RunRounds, check_sizes
-from fedbbpt_jax.federated.round import candidate_prompt, federated_round, response_losses
-from fedbbpt_jax.types import BlackBox, Cohort, Examples, Method, PyTree, Query
+from fedbbpt_jax.federated.round import RoundInfo, candidate_prompt, federated_round, response_losses
+from fedbbpt_jax.types import BlackBox, Cohort, EstimateInfo, Examples, Method, PyTree, Query
 
 
 def host_rounds(method: Method, participation: Participation, *, local_steps: int, batch_size: int) -> RunRounds:
@@ -60,12 +60,13 @@ def host_rounds(method: Method, participation: Participation, *, local_steps: in
         return jnp.zeros(shape).at[present].set(found), jnp.zeros(shape, bool).at[present].set(valid)
 
     def run_rounds(box: BlackBox, server: PyTree, clients: ClientData, key: Array, rounds: Array):
-        infos = []
-        for index in jnp.asarray(rounds)[jnp.asarray(rounds) >= 0]:
-            cohort, client_key = draw(key, index, clients)
-            server, info = federated_round(
-                around, partial(evaluate, box, clients.examples), client_key, server, cohort, scan=_loop
-            )
+        infos, ask = [], partial(evaluate, box, clients.examples)
+        without_examples = clients._replace(examples=())
+        for index in map(int, rounds):
+            info = RoundInfo(EstimateInfo(*jnp.zeros(3)), *jnp.zeros(3, jnp.int32))
+            if index >= 0:
+                cohort, client_key = draw(key, index, without_examples)
+                server, info = federated_round(around, ask, client_key, server, cohort, scan=_loop)
             infos.append(info)
         return server, jax.tree.map(lambda *x: jnp.stack(x), *infos)
 
