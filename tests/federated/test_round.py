@@ -132,7 +132,9 @@ class Log:
         self.pairs = []
 
 
-@pytest.mark.parametrize("estimator", [spsa(rademacher(), 2, 0.1), one_sided_spsa(rademacher(), 4, 0.1)], ids=str)
+@pytest.mark.parametrize(
+    "estimator", [spsa(rademacher(), 2, 0.1), one_sided_spsa(rademacher(), 4, 0.1)], ids=["two-sided", "one-sided"]
+)
 @pytest.mark.parametrize("cohort_size", [3, 2])
 def test_reported_requests_are_those_a_counting_box_saw(clients, key, estimator, cohort_size):
     log = Log()
