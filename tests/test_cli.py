@@ -338,6 +338,7 @@ def test_an_interrupt_while_a_later_seed_starts_keeps_the_earlier_ones(tmp_path,
     assert "before the first round" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_host_placement_runs_like_any_other(tmp_path):
     small = ["--num-clients", "2", "--num-directions", "2", "--budget", "256", "--eval-every", "3", "--quiet"]
     losses = []
@@ -348,6 +349,7 @@ def test_the_host_placement_runs_like_any_other(tmp_path):
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_sweep_compares_step_sizes_on_validation_data(tmp_path, capsys):
     small = ["--num-clients", "2", "--num-directions", "2", "--budget", "256", "--eval-every", "1"]
     assert cli.main(["run", *small, "--seeds", "0,1", "--lr", "0.003,0.03", "--output-dir", str(tmp_path)]) == 0

@@ -9,6 +9,7 @@ from fedbbpt_jax.training.experiment import Experiment
 from fedbbpt_jax.training.run import run
 from fedbbpt_jax.training.sweep import run_together
 
+pytestmark = pytest.mark.slow
 BASE = Experiment(budget=800, eval_every=1, num_clients=3, num_directions=2)  # 192 requests a round, 4 rounds
 CHOICES = [replace(BASE, seed=seed, lr=lr) for seed in (0, 1) for lr in (0.003, 0.03)]
 
