@@ -80,9 +80,9 @@ def test_drop_out_and_unequal_weights_on_any_placement(vectors, key):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("federation", FEDERATIONS)
-def test_any_number_of_devices_gives_the_same(vectors, key, federation):
-    check_placements(vectors, key, make_method(FEDERATIONS[federation]), PARTICIPATIONS["drop-out"], [1, 2, 4, 8])
+@pytest.mark.parametrize(("federation", "num_devices"), [("fedavg", [1, 2, 4, 8]), ("isolated", [4])])
+def test_any_number_of_devices_gives_the_same(vectors, key, federation, num_devices):
+    check_placements(vectors, key, make_method(FEDERATIONS[federation]), PARTICIPATIONS["drop-out"], num_devices)
 
 
 @pytest.mark.slow
@@ -92,8 +92,10 @@ def test_any_participation_gives_the_same(vectors, key, participation):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ESTIMATORS)
-def test_every_estimator_runs_on_a_mesh(vectors, key, name):
+@pytest.mark.parametrize(
+    "name", ["spsa-one-sided", "spsa-orthogonal", "spsa-subspace", "spsa-control-variate", "spsa-anchor", "spsa-guided"]
+)
+def test_estimators_run_on_a_mesh(vectors, key, name):
     """The replication checks accept it: what an estimator makes of a state varies over devices as that does."""
     optimizer = descent(ESTIMATORS[name].build(2, 0.1), optax.sgd(0.05))
     method = make_method(weighted_mean())._replace(optimizer=optimizer)
