@@ -238,7 +238,8 @@ def variance_command(command: Variance) -> int:
 def _experiments(command: Run, seed: int, lrs: list[float | None]) -> dict[str, Experiment]:
     """Returns label to experiment for one seed; the first is the method itself."""
     if len(lrs) > 1:
-        return {f"step {lr:g}": replace(command.experiment, seed=seed, lr=lr) for lr in lrs if lr is not None}
+        base = replace(command.experiment, seed=seed, placement="compile")
+        return {f"step {lr:g}": replace(base, lr=lr) for lr in lrs if lr is not None}
     base = replace(command.experiment, seed=seed, lr=lrs[0])
     return variants(base) if command.compare else {"federated": base}
 
@@ -296,6 +297,8 @@ def _parse_lrs(command: Run) -> list[float | None]:
         raise ValueError(f"--lr must be a number, or a list such as 0.003,0.01, got {command.lr!r}")
     if len(lrs) > 1 and command.compare:
         raise ValueError(f"--compare is of one step size, got --lr {command.lr}")
+    if len(lrs) > 1 and (command.experiment.placement not in ("auto", "compile") or command.processes != Processes()):
+        raise ValueError(f"several step sizes are one program of one process, got --lr {command.lr}")
     return lrs
 
 

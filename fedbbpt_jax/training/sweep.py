@@ -59,6 +59,8 @@ def run_together(experiments: Sequence[Experiment], on_row: Callable[[int, Row],
     models = {(s.experiment.task, s.experiment.data, s.experiment.model) for s in setups}
     if len(shapes) > 1 or len(models) > 1:
         raise ValueError("runs of one program may differ in their seed and step size only")
+    if first.experiment.placement != "compile":  # clients in shards, or a box on the host, are laid out otherwise
+        raise ValueError(f"runs of one program need placement compile, got {first.experiment.placement}")
     run_rounds = compiled_sweep(shapes.pop(), len(setups), first.task.image_size, first.task.feature_size)
     lrs = jnp.asarray([s.experiment.lr for s in setups])
     servers = jax.tree.map(lambda *x: jnp.stack(x), *(s.server for s in setups))

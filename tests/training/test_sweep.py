@@ -44,3 +44,9 @@ def test_runs_differ_among_each_other(together):
 def test_other_differences_are_refused():
     with pytest.raises(ValueError, match="may differ in their seed and step size only"):
         run_together([BASE, replace(BASE, num_directions=3)], lambda i, row: None)
+
+
+def test_clients_in_shards_are_refused():
+    spread = replace(BASE, num_clients=8, placement="shard")
+    with pytest.raises(ValueError, match="need placement compile, got shard"):
+        run_together([spread, replace(spread, seed=1)], lambda i, row: None)
