@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 
+os.environ["FEDBBPT_CACHE"] = f"{tempfile.gettempdir()}/fedbbpt-tests-{os.getpid()}"  # not the user's
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client: no test may look further than loopback
 # Programs that run once are not worth compiling well, unless XLA_FLAGS says otherwise; eight devices on any machine.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
@@ -27,6 +31,13 @@ def linear_box(query: Query) -> Response:
 def vector_generator(size: int) -> PromptGenerator:
     """A prompt that is its own parameters."""
     return PromptGenerator(lambda key: {"shift": jnp.zeros(size)}, lambda params, features: params["shift"])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _empty_cache() -> Iterator[None]:
+    """Removes what the tests measured."""
+    yield
+    shutil.rmtree(os.environ["FEDBBPT_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture

@@ -70,7 +70,7 @@ class Experiment:
       eval_every: rounds between two evaluations on validation data.
       precision: of the frozen model's matrix products.
       placement: where rounds run: compile (one device), shard (all), host (asks a box there); by the devices if auto.
-      chunk_size: candidates in flight at once; changes speed and memory only.
+      chunk_size: candidates in flight at once, for speed and memory only; 0 takes the best, timed once per model.
       seed: of shots, partition, batches and directions.
     """
 
@@ -105,13 +105,13 @@ class Experiment:
     eval_every: int = 8
     precision: Precision = "highest"
     placement: Literal["auto", "compile", "shard", "host"] = "auto"
-    chunk_size: int = 16
+    chunk_size: int = 0
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class ResolvedExperiment(Experiment):
-    """An experiment whose task and sizes are all known; made by `resolve`."""
+    """An experiment whose task and sizes are all known; made by `resolve`, but for a chunk size that is measured."""
 
     task: str = ""
     shots: int = 0
@@ -129,12 +129,14 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
       ValueError: a value is out of range; the message names it, what was received and what was expected.
     """
     e = experiment
-    for name in ("num_clients", "local_steps", "batch_size", "num_directions", "eval_every", "chunk_size"):
+    for name in ("num_clients", "local_steps", "batch_size", "num_directions", "eval_every"):
         if getattr(e, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(e, name)}")
     for name in ("shots", "cohort", "num_rounds", "perturbation_size", "lr", "server_lr", "test_limit"):
         if getattr(e, name) is not None and not 0 < getattr(e, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} must be positive and finite, got {getattr(e, name)}")
+    if e.chunk_size < 0:
+        raise ValueError(f"--chunk-size must be at least 1, or 0 for the best, got {e.chunk_size}")
     if not 0 <= e.seed < 2**32:
         raise ValueError(f"--seed must be between 0 and 2**32 - 1, got {e.seed}")
     cohort = e.cohort or e.num_clients

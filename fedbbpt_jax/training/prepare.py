@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from fedbbpt_jax.federated.host import host_rounds
 from fedbbpt_jax.federated.mesh import make_mesh, place_clients, replicate
 from fedbbpt_jax.federated.placement import RunRounds, compile_rounds, shard_rounds
 from fedbbpt_jax.training.build import build_method, build_participation
+from fedbbpt_jax.training.chunk_size import choose_chunk_size
 from fedbbpt_jax.training.evaluate import Evaluation, compile_evaluation
 from fedbbpt_jax.training.experiment import Experiment, ResolvedExperiment, resolve, without_data
 from fedbbpt_jax.training.load import load_classifier, load_experiment_task, split_among_clients
@@ -84,7 +86,7 @@ class Setup(NamedTuple):
 
 
 def prepare(experiment: Experiment) -> Setup:
-    """Returns the setup of an experiment: nothing is queried, compiled or written.
+    """Returns the setup of an experiment: nothing is queried, but for a model that is new here, which is timed once.
 
     Raises:
       ValueError, TaskError, CheckpointError: the experiment cannot be run as described.
@@ -93,6 +95,9 @@ def prepare(experiment: Experiment) -> Setup:
     task = load_experiment_task(e)
     task = task._replace(validation=on_device(task.validation), test=on_device(task.test))
     box = query_only(load_classifier(e, task))
+    if not e.chunk_size:
+        method = build_method(e, task.image_size, task.feature_size)
+        e = replace(e, chunk_size=choose_chunk_size(e.model, box, method, task.train, e.batch_size))
     programs = compiled_programs(without_data(e), task.image_size, task.feature_size)
     seen, parts = split_among_clients(e, task.train)
     rounds_box, clients = _where_rounds_run(box, pack(seen, parts, programs.num_shards), programs)

@@ -130,11 +130,12 @@ def test_the_budget_is_never_exceeded_and_is_used(sizes):
 BAD_VALUES = [
     *[
         (name, value, "at least 1")
-        for name in ("num_clients", "local_steps", "batch_size", "num_directions", "eval_every", "chunk_size")
+        for name in ("num_clients", "local_steps", "batch_size", "num_directions", "eval_every")
         for value in (0, -3)
     ],
     *[(name, value, "positive") for name in ("shots", "cohort", "num_rounds") for value in (0, -3)],
     *[(name, value, "positive") for name in ("perturbation_size", "lr") for value in (0.0, -0.5, NAN, INF)],
+    ("chunk_size", -1, "at least 1, or 0"),
     ("seed", -1, "between 0 and"),
     ("seed", 2**32, "between 0 and"),
     ("cohort", 6, "at most --num-clients 5"),

@@ -23,7 +23,7 @@ def test_one_compilation_for_all_cohorts_and_segments(caplog):
 
 
 def test_too_little_memory_is_an_advice():
-    e = resolve(Experiment())
+    e = resolve(Experiment(chunk_size=16))
     with pytest.raises(DeviceMemoryError, match=r"16 candidates of 4 examples .* --chunk-size 8"), advice_on_memory(e):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes")
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), advice_on_memory(e):
