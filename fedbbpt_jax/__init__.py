@@ -69,6 +69,7 @@ from fedbbpt_jax.federated.participation import (
 from fedbbpt_jax.federated.placement import compile_rounds, shard_rounds, sweep_rounds
 from fedbbpt_jax.federated.round import RoundInfo, federated_round
 from fedbbpt_jax.federated.server_optimizers import fedadam, fedavgm, fedyogi, with_server_optimizer
+from fedbbpt_jax.federated.streaming import stream_rounds
 from fedbbpt_jax.models.features import vit_features
 from fedbbpt_jax.models.loading import load_bert, load_clip, load_roberta, load_vit
 from fedbbpt_jax.objectives import cross_entropy

@@ -1,8 +1,8 @@
-"""Rounds around a black box that cannot be traced: one that answers on the host, as a served one does."""
+"""Rounds whose loops are Python's, around an evaluation on the host: of a served box, or of data that stay there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -12,8 +12,11 @@ from jax import Array
 from fedbbpt_jax.federated.cohort import ClientData, draw_cohort
 from fedbbpt_jax.federated.participation import Participation
 from fedbbpt_jax.federated.placement import RunRounds, check_sizes
-from fedbbpt_jax.federated.round import RoundInfo, candidate_prompt, federated_round, response_losses
+from fedbbpt_jax.federated.round import Evaluate, RoundInfo, candidate_prompt, federated_round, response_losses
 from fedbbpt_jax.types import BlackBox, Cohort, EstimateInfo, Examples, Method, PyTree, Query
+
+Evaluation = Callable[[BlackBox, Examples, Sequence[Cohort]], Evaluate]
+"""`(box, all clients' examples, cohorts of the rounds to come) -> evaluation of these, step by step`."""
 
 
 def host_rounds(method: Method, participation: Participation, *, local_steps: int, batch_size: int) -> RunRounds:
@@ -29,17 +32,7 @@ def host_rounds(method: Method, participation: Participation, *, local_steps: in
     Raises:
       ValueError: a size is not positive; whatever the box raises passes through.
     """
-    check_sizes(local_steps=local_steps, batch_size=batch_size)
-    tell, aggregate = jax.jit(method.optimizer.tell), jax.jit(method.federation.aggregate, static_argnums=4)
-    around = method._replace(
-        optimizer=method.optimizer._replace(tell=tell), federation=method.federation._replace(aggregate=aggregate)
-    )
     ks = jnp.arange(method.optimizer.num_candidates)
-
-    @jax.jit
-    def draw(key: Array, index: Array, clients: ClientData) -> tuple[Cohort, Array]:
-        cohort_key, client_key = jax.random.split(jax.random.fold_in(key, index))
-        return draw_cohort(cohort_key, index, clients, participation, local_steps, batch_size), client_key
 
     @jax.jit
     def prompts(keys: Array, states: PyTree, features: Array) -> PyTree:
@@ -59,15 +52,44 @@ def host_rounds(method: Method, participation: Participation, *, local_steps: in
         found, valid = losses(jax.tree.map(jnp.asarray, response), batches.labels)
         return jnp.zeros(shape).at[present].set(found), jnp.zeros(shape, bool).at[present].set(valid)
 
+    def evaluation(box: BlackBox, examples: Examples, cohorts: Sequence[Cohort]) -> Evaluate:
+        del cohorts
+        return partial(evaluate, box, examples)
+
+    return looped_rounds(method, participation, evaluation, local_steps=local_steps, batch_size=batch_size)
+
+
+def looped_rounds(
+    method: Method, participation: Participation, evaluation: Evaluation, *, local_steps: int, batch_size: int
+) -> RunRounds:
+    """Returns rounds in a loop of Python's: all but the evaluation is compiled, piece by piece.
+
+    Args:
+      method: as for `compile_rounds`, and so are the sizes.
+      participation: who takes part.
+      evaluation: fills the hole of the round body; it is made anew for each call, and told what will be asked.
+
+    Raises:
+      ValueError: a size is not positive.
+    """
+    check_sizes(local_steps=local_steps, batch_size=batch_size)
+    tell, aggregate = jax.jit(method.optimizer.tell), jax.jit(method.federation.aggregate, static_argnums=4)
+    pieces = method._replace(
+        optimizer=method.optimizer._replace(tell=tell), federation=method.federation._replace(aggregate=aggregate)
+    )
+
+    @jax.jit
+    def draw(key: Array, index: Array, clients: ClientData) -> tuple[Cohort, Array]:
+        cohort_key, client_key = jax.random.split(jax.random.fold_in(key, index))
+        return draw_cohort(cohort_key, index, clients, participation, local_steps, batch_size), client_key
+
     def run_rounds(box: BlackBox, server: PyTree, clients: ClientData, key: Array, rounds: Array):
-        infos, ask = [], partial(evaluate, box, clients.examples)
         without_examples = clients._replace(examples=())
-        for index in map(int, rounds):
-            info = RoundInfo(EstimateInfo(*jnp.zeros(3)), *jnp.zeros(3, jnp.int32))
-            if index >= 0:
-                cohort, client_key = draw(key, index, without_examples)
-                server, info = federated_round(around, ask, client_key, server, cohort, scan=_loop)
-            infos.append(info)
+        drawn = {i: draw(key, index, without_examples) for i, index in enumerate(map(int, rounds)) if index >= 0}
+        evaluate = evaluation(box, clients.examples, [cohort for cohort, _ in drawn.values()])
+        infos = [RoundInfo(EstimateInfo(*jnp.zeros(3)), *jnp.zeros(3, jnp.int32))] * len(rounds)
+        for i, (cohort, client_key) in drawn.items():
+            server, infos[i] = federated_round(pieces, evaluate, client_key, server, cohort, scan=_loop)
         return server, jax.tree.map(lambda *x: jnp.stack(x), *infos)
 
     return run_rounds

@@ -1,7 +1,7 @@
 """Rounds as one compiled program: on one device, over a mesh of devices, or many runs at once.
 
-All play the same round body with the same draws, and so does `host.py`: client i's keys, minibatches and directions are
-functions of its id. So they agree to the rounding of sums.
+All play the same round body with the same draws, and so do `host.py` and `streaming.py`: client i's keys, minibatches
+and directions are functions of its id. So they agree to the rounding of sums.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fedbbpt_jax.federated.round import (
     federated_round,
     response_losses,
 )
-from fedbbpt_jax.types import BlackBox, Cohort, Method, PyTree, Query
+from fedbbpt_jax.types import BlackBox, Cohort, Examples, Method, PyTree, Query
 
 RunRounds = Callable[[BlackBox, PyTree, ClientData, Array, Array], tuple[PyTree, RoundInfo]]
 """`(box, server, clients, key, rounds [R]) -> (server, RoundInfo [R])`; a negative round number is skipped, so that
@@ -139,7 +139,7 @@ def shard_rounds(
     def one_round(box: BlackBox, clients: ClientData, key: Array, server: PyTree, index: Array):
         cohort_key, client_key = jax.random.split(jax.random.fold_in(key, index))
         cohort = draw_own_cohort(cohort_key, index, clients)
-        evaluate = _in_chunks(method, box, clients, chunk_size, _varying)
+        evaluate = evaluation_in_chunks(method, box, clients.examples, chunk_size, _varying)
         return federated_round(spread, evaluate, client_key, server, cohort, total=total)
 
     def draw_own_cohort(key: Array, index: Array, clients: ClientData) -> Cohort:
@@ -168,7 +168,8 @@ def _one_round(
     def one_round(box: BlackBox, clients: ClientData, key: Array, server: PyTree, index: Array):
         cohort_key, client_key = jax.random.split(jax.random.fold_in(key, index))
         cohort = draw_cohort(cohort_key, index, clients, participation, local_steps, batch_size)
-        return federated_round(method, _in_chunks(method, box, clients, chunk_size), client_key, server, cohort)
+        evaluate = evaluation_in_chunks(method, box, clients.examples, chunk_size)
+        return federated_round(method, evaluate, client_key, server, cohort)
 
     return one_round
 
@@ -187,8 +188,8 @@ def _scan_rounds(one_round: OneRound, box: BlackBox, server: PyTree, clients: Cl
     return jax.lax.scan(play_or_skip, server, rounds)
 
 
-def _in_chunks(
-    method: Method, box: BlackBox, clients: ClientData, chunk_size: int, vary: Callable[[Array], Array] = lambda x: x
+def evaluation_in_chunks(
+    method: Method, box: BlackBox, examples: Examples, chunk_size: int, vary: Callable[[Array], Array] = lambda x: x
 ) -> Evaluate:
     """Returns an evaluation that makes candidates, turns them into prompts and queries them chunk by chunk.
 
@@ -200,7 +201,7 @@ def _in_chunks(
         def one(place: Array) -> tuple[Array, Array]:
             client, k = place // num_candidates, place % num_candidates
             state = jax.tree.map(lambda x: x[client], states)
-            batch = jax.tree.map(lambda x: x[rows[client]], clients.examples)
+            batch = jax.tree.map(lambda x: x[rows[client]], examples)
             prompt = candidate_prompt(method, keys[client], state, k, batch.features)
             # One client and one candidate: the box's axes C and K are 1 here, and JAX batches over the chunk.
             batch, prompt = jax.tree.map(lambda x: x[None], (batch, jax.tree.map(lambda x: x[None], prompt)))

@@ -69,7 +69,8 @@ class Experiment:
       budget: most requests (one prompt on one example) of all clients together.
       eval_every: rounds between two evaluations on validation data.
       precision: of the frozen model's matrix products.
-      placement: where rounds run: compile (one device), shard (all), host (asks a box there); by the devices if auto.
+      placement: where rounds run: compile (one device), shard (all), stream (data stay on the host), host (asks a box
+        there); by the devices if auto.
       chunk_size: candidates in flight at once, for speed and memory only; 0 takes the best, timed once per model.
       seed: of shots, partition, batches and directions.
     """
@@ -104,7 +105,7 @@ class Experiment:
     budget: int = 64_000
     eval_every: int = 8
     precision: Precision = "highest"
-    placement: Literal["auto", "compile", "shard", "host"] = "auto"
+    placement: Literal["auto", "compile", "shard", "stream", "host"] = "auto"
     chunk_size: int = 0
     seed: int = 0
 

@@ -18,6 +18,7 @@ from fedbbpt_jax.federated.cohort import ClientData, pack
 from fedbbpt_jax.federated.host import host_rounds
 from fedbbpt_jax.federated.mesh import make_mesh, place_clients, replicate
 from fedbbpt_jax.federated.placement import RunRounds, compile_rounds, shard_rounds
+from fedbbpt_jax.federated.streaming import stream_rounds
 from fedbbpt_jax.training.build import build_method, build_participation
 from fedbbpt_jax.training.chunk_size import choose_chunk_size
 from fedbbpt_jax.training.evaluate import Evaluation, compile_evaluation
@@ -51,6 +52,8 @@ def compiled_programs(e: ResolvedExperiment, image_size: int, feature_size: int)
         case "shard":
             mesh = make_mesh(e.num_clients)
             return Programs(method, mesh, shard_rounds(*what, mesh, **sizes, chunk_size=e.chunk_size), evaluate)
+        case "stream":
+            return Programs(method, None, stream_rounds(*what, **sizes, chunk_size=e.chunk_size), evaluate)
         case "host":
             return Programs(method, None, host_rounds(*what, **sizes), evaluate)
         case _:
@@ -100,7 +103,7 @@ def prepare(experiment: Experiment) -> Setup:
         e = replace(e, chunk_size=choose_chunk_size(e.model, box, method, task.train, e.batch_size))
     programs = compiled_programs(without_data(e), task.image_size, task.feature_size)
     seen, parts = split_among_clients(e, task.train)
-    rounds_box, clients = _where_rounds_run(box, pack(seen, parts, programs.num_shards), programs)
+    rounds_box, clients = _where_rounds_run(e, box, pack(seen, parts, programs.num_shards), programs)
     method = programs.method
     init_key, key = jax.random.split(jax.random.key(e.seed))
     client = method.optimizer.init(method.generator.init(init_key))
@@ -109,9 +112,11 @@ def prepare(experiment: Experiment) -> Setup:
     return Setup(e, task, parts, box, rounds_box, clients, programs, server, (e.cohort * down, e.cohort * up), key)
 
 
-def _where_rounds_run(box: BlackBox, clients: ClientData, programs: Programs) -> tuple[BlackBox, ClientData]:
+def _where_rounds_run(
+    e: ResolvedExperiment, box: BlackBox, clients: ClientData, programs: Programs
+) -> tuple[BlackBox, ClientData]:
     if programs.mesh is None:
-        return box, jax.tree.map(jnp.asarray, clients)
+        return box, clients if e.placement == "stream" else jax.tree.map(jnp.asarray, clients)
     return replicate(box, programs.mesh), place_clients(clients, programs.mesh)
 
 

@@ -1,4 +1,4 @@
-"""One round body, three placements: compiled, sharded over 1 to 8 devices, and around a host box; the same results."""
+"""One round body, four placements: compiled, sharded over 1 to 8 devices, streamed, around a host box; same results."""
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from fedbbpt_jax.federated.participation import (
     with_equal_weights,
 )
 from fedbbpt_jax.federated.placement import compile_rounds, shard_rounds
+from fedbbpt_jax.federated.streaming import prefetched, stream_rounds
 from fedbbpt_jax.objectives import cross_entropy
 from fedbbpt_jax.optimizers.descent import descent
 from fedbbpt_jax.types import Method
@@ -69,7 +70,8 @@ def check_same(found, expected):
 def check_placements(vectors, key, method, who, num_devices):
     expected = play(compile_rounds(method, who, **SIZES), method, pack(vectors, PARTS), key)
     assert any(np.abs(leaf).max() > 0.01 for leaf in jax.tree.leaves(expected[0]))
-    check_same(play(host_rounds(method, who, **SIZES), method, pack(vectors, PARTS), key), expected)
+    for looped in (host_rounds(method, who, **SIZES), stream_rounds(method, who, **SIZES, group_size=3)):
+        check_same(play(looped, method, pack(vectors, PARTS), key), expected)
     for number in num_devices:
         run_rounds, clients = sharded(method, who, vectors, number)
         check_same(play(run_rounds, method, clients, key), expected)
@@ -127,6 +129,51 @@ class TestHost:
 
         with pytest.raises(ConnectionError, match="the line is dead"):
             host_rounds(method, uniform_cohort(2), **SIZES)(box, start(method), pack(vectors, PARTS), key, [0])
+
+
+class TestStream:
+    @pytest.mark.parametrize("group_size", [1, 4, 10, 64])
+    def test_groups_change_memory_only(self, vectors, key, group_size):
+        method, who = make_method(weighted_mean()), PARTICIPATIONS["drop-out"]
+        expected = play(compile_rounds(method, who, **SIZES), method, pack(vectors, PARTS), key, [0, -1, 2])
+        streamed = stream_rounds(method, who, **SIZES, group_size=group_size)
+        check_same(play(streamed, method, pack(vectors, PARTS), key, [0, -1, 2]), expected)
+
+    def test_examples_may_lie_in_a_file(self, vectors, key, tmp_path):
+        """Of a memory map only the minibatches of a few groups are ever read."""
+        clients = pack(vectors, PARTS)
+        np.save(tmp_path / "inputs.npy", clients.examples.inputs)
+        mapped = np.load(tmp_path / "inputs.npy", mmap_mode="r")
+        method, who = make_method(weighted_mean()), uniform_cohort(4)
+        found = play(
+            stream_rounds(method, who, **SIZES),
+            method,
+            clients._replace(examples=clients.examples._replace(inputs=mapped)),
+            key,
+        )
+        check_same(found, play(compile_rounds(method, who, **SIZES), method, clients, key))
+
+    def test_only_the_minibatches_of_a_group_are_moved(self, vectors, key, monkeypatch):
+        moved, device_put = [], jax.device_put
+        monkeypatch.setattr("jax.device_put", lambda x: moved.append(x.shape) or device_put(x))
+        method = make_method(weighted_mean())
+        run_rounds = stream_rounds(method, uniform_cohort(10), **SIZES, group_size=4)
+        play(run_rounds, method, pack(vectors, PARTS), key, [0])
+        assert set(moved) == {(12, 4), (12, 0), (12,)}, "inputs, features and labels of 4 clients x 3 examples"
+        assert len(moved) == 3 * 2 * 3, "three leaves, two steps, three groups"
+
+    def test_work_is_done_ahead_and_no_further(self):
+        begun = []
+        results = prefetched(lambda x: begun.append(x) or -x, range(10), depth=2)
+        assert next(results) == 0
+        assert len(begun) <= 3
+        assert list(results) == [-i for i in range(1, 10)]
+
+    def test_an_error_is_raised_where_its_result_is_due(self):
+        results = prefetched(lambda x: 1 // x, [1, 1, 0, 1], depth=3)
+        assert [next(results), next(results)] == [1, 1]
+        with pytest.raises(ZeroDivisionError):
+            next(results)
 
 
 def test_clients_of_a_device_are_on_no_other(vectors):
