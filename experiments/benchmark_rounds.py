@@ -3,8 +3,8 @@
     python experiments/benchmark_rounds.py
 
 Ten clients, 10 candidates, 4 local steps, 4 examples on the default task: 1,600 requests a round, 8 rounds. Every way
-is timed three times in turn and its fastest taken; the table gives times relative to the default. The last two lines
-are of a process of their own, whose one processor poses as eight devices.
+is timed five times in turn; the table gives the median, the least and the most, relative to the default's median, and
+how many cores were busy. The last two lines are of a process of their own, whose one processor poses as eight devices.
 """
 
 from __future__ import annotations
@@ -117,23 +117,25 @@ def forgetful(setup: Setup) -> BlackBox:
     return jax.tree_util.Partial(answer, clip.params, *map(jnp.asarray, tokenize(clip.tokenizer, texts)))
 
 
-def times(ways: dict[str, Way], repeats: int = 3) -> dict[str, float]:
-    """Returns the fastest of several turns of each way, seconds."""
+def times(ways: dict[str, Way], repeats: int = 5) -> dict[str, np.ndarray]:
+    """Returns the seconds of several turns of each way, by the clock and of all cores: `[turns, 2]`."""
     for way in ways.values():
         jax.block_until_ready(way())  # compiles
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():
-            started = time.perf_counter()
+            started, busy = time.perf_counter(), time.process_time()
             jax.block_until_ready(way())
-            seconds[name].append(time.perf_counter() - started)
-    return {name: min(of_way) for name, of_way in seconds.items()}
+            seconds[name].append((time.perf_counter() - started, time.process_time() - busy))
+    return {name: np.array(of_way) for name, of_way in seconds.items()}
 
 
-def print_ratios(seconds: dict[str, float]) -> None:
-    first = next(iter(seconds.values()))
-    for name, value in seconds.items():
-        print(f"{name:55} {value / first:5.2f} x", flush=True)
+def print_ratios(seconds: dict[str, np.ndarray]) -> None:
+    first = np.median(next(iter(seconds.values()))[:, 0])
+    for name, turns in seconds.items():
+        wall, cpu = turns.T
+        spread = f"{np.median(wall) / first:.2f} x ({wall.min() / first:.2f} to {wall.max() / first:.2f})"
+        print(f"{name:55} {spread}, {np.median(cpu / wall):.1f} cores", flush=True)
 
 
 if __name__ == "__main__":

@@ -195,7 +195,8 @@ def run_command(command: Run) -> int:
 def _show_partition(command: Run, setup: Setup) -> int:
     """Prints who holds what, and writes it where a folder is named."""
     parts, labels, names = _who_holds_what(setup)
-    summary = partition_summary(parts, labels, len(names))
+    waste = 1 - len(labels) / len(setup.clients.examples.labels)  # only of shards, which are as long as the longest
+    summary = partition_summary(parts, labels, len(names), waste)
     console = Console(quiet=command.quiet, stderr=True)
     console.print(partition_table(parts, labels, names))
     figures = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in summary.items())

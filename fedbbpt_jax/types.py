@@ -85,6 +85,7 @@ class Task(NamedTuple):
       validation: for choices; disjoint from `train`.
       test: for one report at the end; the same for every seed.
       clean_test_inputs: the test images `[n, H, W, 3]` without the shift, where one was applied; for pictures only.
+      train_clients: whose each example of `train` is, names or numbers `[n]`, where the data say so and were asked.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Task(NamedTuple):
     validation: Examples
     test: Examples
     clean_test_inputs: np.ndarray | None = None
+    train_clients: np.ndarray | None = None
 
     @property
     def feature_size(self) -> int:

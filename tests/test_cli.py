@@ -116,6 +116,7 @@ def test_bytes_are_those_of_the_client_states(tiny_run):
     """Twice, 5 clients send 192 parameters and two moments of them in float32 each way."""
     summary = summary_of(tiny_run.folder)
     assert summary["uplink_bytes"] == summary["downlink_bytes"] == 2 * 5 * 3 * 192 * 4
+    assert summary["uplink_bytes_per_client"] == summary["downlink_bytes_per_client"] == 3 * 192 * 4
 
 
 def test_rows_are_the_evaluations(tiny_run):
@@ -364,6 +365,23 @@ def test_a_sweep_compares_step_sizes_on_validation_data(tmp_path, capsys):
     assert {(row["run"], row["seed"]) for row in rows} == {
         (f"step {lr}", seed) for lr in (0.003, 0.03) for seed in (0, 1)
     }
+
+
+def test_clients_that_are_away_send_nothing(tmp_path):
+    """Of 5 clients 3 and then 1 can come."""
+    np.save(tmp_path / "trace.npy", np.array([[True] * 3 + [False] * 2, [False] * 4 + [True]]))
+    options = [
+        "--availability",
+        str(tmp_path / "trace.npy"),
+        "--num-rounds",
+        "2",
+        "--output-dir",
+        str(tmp_path / "out"),
+    ]
+    assert cli.main(["run", *options, "--quiet"]) == 0
+    summary = summary_of(tmp_path / "out")
+    assert summary["uplink_bytes"] == summary["downlink_bytes"] == (3 + 1) * 3 * 192 * 4
+    assert summary["num_requests"] == (3 + 1) * 4 * 10 * 4
 
 
 def test_a_dry_run_shows_who_would_hold_what(tmp_path, monkeypatch, capsys):

@@ -37,16 +37,18 @@ class Columns(NamedTuple):
       image: the encoded image; found by its type otherwise.
       label: the class; found by type and name otherwise.
       clip: together these and the label name a video, of whose frames only the middle one is kept; usually none.
+      client: says whose an image is; not read where left out.
     """
 
     image: str = ""
     label: str = ""
     clip: tuple[str, ...] = ()
+    client: str = ""
 
     @property
     def without_image(self) -> list[str]:
-        """The label and what names a video."""
-        return [self.label, *self.clip]
+        """All that are read at once: those beside the image."""
+        return [name for name in (self.label, *self.clip, self.client) if name]
 
 
 class ImageTable(NamedTuple):
@@ -72,14 +74,16 @@ def find_columns(features: datasets.Features, columns: Columns, source: str) -> 
     if columns.image not in features and len(images) != 1:
         raise TaskError(f"{source} has the columns {listed}; expected one of images, or of structs with their bytes")
     image = columns.image if columns.image in features else images[0]
-    others = {name: kind for name, kind in kinds.items() if name != image}
+    if columns.client and columns.client not in features:
+        raise TaskError(f"{source} has the columns {listed}; expected {columns.client!r}, the client of an image")
+    others = {name: kind for name, kind in kinds.items() if name not in (image, columns.client)}
     label = columns.label if columns.label in features else _find_label(others)
     if not label:
         raise TaskError(
             f"{source} has the columns {listed}; expected one of class labels, integers or strings called "
             f"{', '.join(LABEL_COLUMNS[:-1])} or {LABEL_COLUMNS[-1]}"
         )
-    return Columns(image, label, columns.clip if set(columns.clip) <= set(features) else ())
+    return columns._replace(image=image, label=label, clip=columns.clip if set(columns.clip) <= set(features) else ())
 
 
 def _find_label(kinds: dict[str, str]) -> str:
@@ -139,10 +143,11 @@ def label_tables(
         names, place = tuple(str(value) for value in found), {value: row for row, value in enumerate(found)}
 
     def rows(table: ImageTable, values: list[Any]) -> ImageRows:
-        labelled = ImageRows(np.array([place[value] for value in values], np.int32), table.read)
+        clients = np.array(table.columns[columns.client].to_pylist()) if columns.client else None
+        labelled = ImageRows(np.array([place[value] for value in values], np.int32), table.read, clients)
         if not columns.clip:
             return labelled
-        keys = zip(*(table.columns[name].to_pylist() for name in columns.without_image), strict=True)
+        keys = zip(*(table.columns[name].to_pylist() for name in (columns.label, *columns.clip)), strict=True)
         return labelled.take(middle_rows(keys))
 
     labelled = {

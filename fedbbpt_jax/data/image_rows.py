@@ -19,14 +19,17 @@ class ImageRows(NamedTuple):
     Attributes:
       labels: int32 `[n]`, places in the class names.
       read: rows, ascending, to their encoded images in that order; nothing else is read.
+      clients: whose each image is, names or numbers `[n]`, where that was asked for.
     """
 
     labels: np.ndarray
     read: Callable[[np.ndarray], Iterator[Encoded]]
+    clients: np.ndarray | None = None
 
     def take(self, rows: np.ndarray) -> ImageRows:
         """Returns the split that has only `rows`, ascending."""
-        return ImageRows(self.labels[rows], lambda chosen: self.read(rows[chosen]))
+        clients = None if self.clients is None else self.clients[rows]
+        return ImageRows(self.labels[rows], lambda chosen: self.read(rows[chosen]), clients)
 
 
 class Splits(NamedTuple):
@@ -123,4 +126,5 @@ def concatenate(parts: Sequence[ImageRows]) -> ImageRows:
         for part, start, end in zip(parts, starts[:-1], starts[1:], strict=True):
             yield from part.read(rows[(rows >= start) & (rows < end)] - start)
 
-    return ImageRows(np.concatenate([part.labels for part in parts]), read)
+    owners = [part.clients for part in parts if part.clients is not None]
+    return ImageRows(np.concatenate([part.labels for part in parts]), read, np.concatenate(owners) if owners else None)

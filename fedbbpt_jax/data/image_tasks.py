@@ -34,6 +34,7 @@ def load_image_task(
     shots: int = 16,
     seed: int = 0,
     test_limit: int | None = None,
+    client_column: str | None = None,
 ) -> Task:
     """Returns a few-shot task of images: inputs uint8 `[n, S, S, 3]`, features `grid_means`, labels int32.
 
@@ -54,6 +55,7 @@ def load_image_task(
       shots: training images per class.
       seed: draws training and validation images.
       test_limit: at most so many test images, the same for every seed.
+      client_column: of the table, whose an image is.
 
     Raises:
       TaskError: the data cannot be loaded, an image cannot be read, or a class has too few images.
@@ -66,11 +68,14 @@ def load_image_task(
     row = IMAGE_TASKS.get(name) or ImageTask("", str(data))
     source = row.hub_id if data is None else str(data)
     texts = check_templates(templates) if templates else row.templates
+    if client_column is not None:
+        row = row._replace(columns=row.columns._replace(client=client_column))
     images = name_classes(read_images(source, row, revision), row, source)
     parts = draw(images, shots, seed, test_limit, source)
     train, validation, test = (_examples(part, transform or center_crop()) for part in parts)
     size = train.inputs.shape[1]
-    return Task(name or name_of(source), size, images.class_names, texts, train, validation, test)
+    called = name or name_of(source)
+    return Task(called, size, images.class_names, texts, train, validation, test, train_clients=parts[0].clients)
 
 
 def name_of(data: str) -> str:
@@ -112,6 +117,8 @@ def read_images(source: str, row: ImageTask, revision: str | None = None) -> Lab
         try:
             if any(folder.rglob("*.parquet")):
                 return read_parquet(folder, row.splits, row.columns)
+            if row.columns.client:
+                raise TaskError(f"{folder} holds image files; only a table has a column {row.columns.client!r}")
             return read_image_folder(folder, row.splits)
         except OSError as error:
             raise TaskError(f"cannot read {folder}: {error}") from error

@@ -23,13 +23,15 @@ PARTITIONS: dict[str, str] = {
     "pathological:K": "K classes per client",
     "power-law:EXPONENT": "IID labels; the client of rank r holds a share that falls as r^-EXPONENT",
     "feature-shift": "IID labels; the pictures of each client have a corruption of their own",
+    "column:NAME": "the data's own: a client for each value of a column of the table",
 }
 
 
 def find_partition(text: str) -> Partition:
     """Returns the split that a name of `PARTITIONS` stands for, with a number in place of the capitals.
 
-    Of "feature-shift" this is the split alone, that of "iid": its pictures are changed by `shift_clients`.
+    Of "feature-shift" this is the split alone, that of "iid": its pictures are changed by `shift_clients`. The split by
+    a column (`client_column`) is no function of the labels: `by_column` makes it.
 
     Raises:
       ValueError: there is no such split, or its number is out of range.
@@ -60,6 +62,24 @@ def find_partition(text: str) -> Partition:
                 return lambda labels, num_clients, seed: power_law(labels, num_clients, number, seed)
             expected = "power-law:EXPONENT with EXPONENT at least 0"
     raise ValueError(f"--partition must be {expected}, got {text!r}")
+
+
+def client_column(text: str) -> str | None:
+    """Returns the column that says whose an example is, None where another split is meant.
+
+    Raises:
+      ValueError: the column has no name.
+
+    Example:
+      >>> client_column("column:hospital"), client_column("iid")
+      ('hospital', None)
+    """
+    kind, _, name = text.partition(":")
+    if kind != "column":
+        return None
+    if not name:
+        raise ValueError(f"--partition must be column:NAME, of a column of the data, got {text!r}")
+    return name
 
 
 def iid(labels: np.ndarray, num_clients: int, seed: int) -> list[np.ndarray]:

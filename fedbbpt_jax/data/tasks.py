@@ -27,6 +27,7 @@ def load_task(
     shots: int = 16,
     seed: int = 0,
     test_limit: int | None = None,
+    client_column: str | None = None,
 ) -> Task:
     """Returns the task `name` with `shots` training examples per class drawn by `seed`.
 
@@ -40,13 +41,14 @@ def load_task(
       shots: training examples per class.
       seed: draws training and validation examples; the test part is the same for all.
       test_limit: for images: at most so many test examples.
+      client_column: for tables of images: whose an image is.
 
     Raises:
       TaskError: the name is unknown, the data cannot be read, or they do not give what was asked for.
     """
     if name in DIGIT_TASKS:
-        unfit = {"data": data, "revision": revision, "test_limit": test_limit}
-        for option, value in unfit.items():
+        images_only = {"data": data, "revision": revision, "test_limit": test_limit, "column of clients": client_column}
+        for option, value in images_only.items():
             if value is not None:
                 raise TaskError(f"task {name!r} is made of digits that ship with the package: it takes no {option}")
         task = load_digit_task(name, shots=shots, seed=seed)
@@ -64,4 +66,5 @@ def load_task(
         shots=shots,
         seed=seed,
         test_limit=test_limit,
+        client_column=client_column,
     )

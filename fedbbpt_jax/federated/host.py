@@ -87,7 +87,7 @@ def looped_rounds(
         without_examples = clients._replace(examples=())
         drawn = {i: draw(key, index, without_examples) for i, index in enumerate(map(int, rounds)) if index >= 0}
         evaluate = evaluation(box, clients.examples, [cohort for cohort, _ in drawn.values()])
-        infos = [RoundInfo(EstimateInfo(*jnp.zeros(3)), *jnp.zeros(3, jnp.int32))] * len(rounds)
+        infos = [RoundInfo(EstimateInfo(*jnp.zeros(3)), *jnp.zeros(4, jnp.int32))] * len(rounds)
         for i, (cohort, client_key) in drawn.items():
             server, infos[i] = federated_round(pieces, evaluate, client_key, server, cohort, scan=_loop)
         return server, jax.tree.map(lambda *x: jnp.stack(x), *infos)

@@ -6,6 +6,7 @@ drawn and did not come: it asks nothing and counts for nothing.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import jax
@@ -148,6 +149,23 @@ def with_availability(participation: Participation, trace: np.ndarray) -> Partic
         return ids, jnp.where(jnp.asarray(trace)[index % len(trace), ids], weights, 0.0)
 
     return Participation(draw, participation.cohort_size)
+
+
+def read_availability(file: str | Path, num_clients: int) -> np.ndarray:
+    """Returns the trace in a file .npy, bool `[rounds, clients]`.
+
+    Raises:
+      ValueError: the file is not there, or holds something else, or the trace of another number of clients.
+    """
+    try:
+        trace = np.load(file, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read a trace of availability from {str(file)!r}: {error}") from error
+    is_trace = isinstance(trace, np.ndarray) and trace.dtype.kind == "b" and trace.ndim == 2 and len(trace) > 0
+    if not is_trace or trace.shape[1] != num_clients:
+        held = f"{trace.dtype} {list(trace.shape)}" if isinstance(trace, np.ndarray) else "several arrays"
+        raise ValueError(f"{str(file)!r} holds {held}; expected bool [rounds, {num_clients}], a column for each client")
+    return trace
 
 
 def _check(cohort_size: int) -> None:

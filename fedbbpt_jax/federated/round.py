@@ -27,12 +27,14 @@ class RoundInfo(NamedTuple):
 
     Attributes:
       step: estimates' diagnostics, mean over the cohort by weight.
+      num_clients: that took part, int32; each was sent the server's payload and sent its own back.
       num_evaluations: prompts tried on a minibatch, int32.
       num_requests: prompts tried on an example, int32; what an API bills.
       num_valid: requests that had a usable answer, int32.
     """
 
     step: EstimateInfo
+    num_clients: Array
     num_evaluations: Array
     num_requests: Array
     num_valid: Array
@@ -82,10 +84,12 @@ def federated_round(
     )
     server = federation.aggregate(server, cohort.ids, clients, cohort.weights, total)
 
-    num_evaluations = total(taking_part.astype(jnp.int32)) * num_steps * optimizer.num_candidates
+    num_clients = total(taking_part.astype(jnp.int32))
+    num_evaluations = num_clients * num_steps * optimizer.num_candidates
     share = cohort.weights / jnp.maximum(total(cohort.weights), 1e-9)
     step = jax.tree.map(lambda x: total(x.mean(0) * share), info)
-    return server, RoundInfo(step, num_evaluations, num_evaluations * batch_size, total(num_valid.sum(0)))
+    num_requests = num_evaluations * batch_size
+    return server, RoundInfo(step, num_clients, num_evaluations, num_requests, total(num_valid.sum(0)))
 
 
 def candidate_prompt(method: Method, key: Array, state: PyTree, k: Array, features: Array) -> PyTree:

@@ -18,7 +18,8 @@ from fedbbpt_jax.federated.placement import RunRounds, check_sizes, evaluation_i
 from fedbbpt_jax.federated.round import Evaluate
 from fedbbpt_jax.types import BlackBox, Cohort, Examples, Method, PyTree
 
-Job, Found = TypeVar("Job"), TypeVar("Found")
+Job = TypeVar("Job")
+Found = TypeVar("Found")
 
 
 def stream_rounds(

@@ -17,8 +17,10 @@ from fedbbpt_jax.federated.averaging import (
 )
 from fedbbpt_jax.federated.participation import (
     Participation,
+    read_availability,
     uniform_cohort,
     weighted_cohort,
+    with_availability,
     with_dropout,
     with_equal_weights,
 )
@@ -91,6 +93,8 @@ def build_participation(experiment: ResolvedExperiment) -> Participation:
     participation = uniform_cohort(e.cohort) if e.sampling == "uniform" else weighted_cohort(e.cohort)
     if e.weighting == "equal":
         participation = with_equal_weights(participation)
+    if e.availability is not None:
+        participation = with_availability(participation, read_availability(e.availability, e.num_clients))
     return with_dropout(participation, e.dropout) if e.dropout else participation
 
 

@@ -12,7 +12,7 @@ import tyro
 
 from fedbbpt_jax.black_box.frozen import Precision
 from fedbbpt_jax.data.digit_tasks import DIGIT_TASKS
-from fedbbpt_jax.data.partition import find_partition
+from fedbbpt_jax.data.partition import client_column, find_partition
 from fedbbpt_jax.estimators.catalogue import ESTIMATORS, find_estimator
 
 MODELS = {"mini-clip": "CLIP of 0.6 M parameters for 32x32 digits, shipped with the package"}
@@ -53,6 +53,7 @@ class Experiment:
       sampling: how a cohort is drawn: uniform, or weighted by the clients' sizes (who then count equally).
       weighting: what a client of a uniform cohort counts: its size, or equal.
       dropout: probability that a client that was drawn stays away.
+      availability: a file .npy of bool [rounds, clients], who can come when; begun anew after its last round.
       partition: who holds what (`fedbbpt list partitions`); iid, or dirichlet:ALPHA by label, and others.
       federation: fedavg; isolated: clients that never talk; personal: a local prompt beside the shared one.
       client_state: what becomes of momenta and moments after a round: averaged like the parameters, reset, or kept.
@@ -89,6 +90,7 @@ class Experiment:
     sampling: Literal["uniform", "weighted"] = "uniform"
     weighting: Literal["size", "equal"] = "size"
     dropout: float = 0.0
+    availability: str | None = None
     partition: str = "dirichlet:0.3"
     federation: Literal["fedavg", "isolated", "personal"] = "fedavg"
     client_state: Literal["averaged", "reset", "kept"] = "averaged"
@@ -143,7 +145,8 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
     cohort = e.cohort or e.num_clients
     if cohort > e.num_clients:
         raise ValueError(f"--cohort must be at most --num-clients {e.num_clients}, got {cohort}")
-    find_partition(e.partition)
+    if client_column(e.partition) is None:
+        find_partition(e.partition)
     if not 0 <= e.dropout < 1:
         raise ValueError(f"--dropout must be in [0, 1), got {e.dropout}")
     if e.federation != "fedavg" and e.client_state != "averaged":

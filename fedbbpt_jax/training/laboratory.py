@@ -200,7 +200,7 @@ def _landscape(study: Study) -> Landscape:
         generator,
         cross_entropy,
         load_classifier(e, task),
-        pack(*split_among_clients(e, task.train)),
+        pack(*split_among_clients(e, task)),
         generator.init(jax.random.key(study.seed)),
         batch_size=study.batch_size,
         answer=answer,

@@ -11,7 +11,7 @@ import numpy as np
 from fedbbpt_jax.black_box.frozen import Precision, PromptedClassifier, clip_classifier
 from fedbbpt_jax.data.client_shifts import shift_clients
 from fedbbpt_jax.data.images import grid_means
-from fedbbpt_jax.data.partition import find_partition
+from fedbbpt_jax.data.partition import by_column, client_column, find_partition
 from fedbbpt_jax.data.tasks import load_task
 from fedbbpt_jax.models.classifiers import as_float
 from fedbbpt_jax.models.features import vit_features
@@ -27,11 +27,25 @@ def load_experiment_task(e: ResolvedExperiment) -> Task:
     Raises:
       TaskError, CheckpointError: the data, the model or the encoder cannot be loaded.
     """
-    return _task(e.task, e.data, e.templates, e.shots, e.seed, e.test_limit, e.model, e.revision, e.encoder)
+    column = client_column(e.partition)
+    return _task(e.task, e.data, e.templates, e.shots, e.seed, e.test_limit, column, e.model, e.revision, e.encoder)
 
 
-def split_among_clients(e: ResolvedExperiment, train: Examples) -> tuple[Examples, list[np.ndarray]]:
-    """Returns the training examples, as their clients see them, and the rows that each client holds."""
+def split_among_clients(e: ResolvedExperiment, task: Task) -> tuple[Examples, list[np.ndarray]]:
+    """Returns the training examples, as their clients see them, and the rows that each client holds.
+
+    Raises:
+      ValueError: a column names another number of clients than the experiment has, or none for an example.
+    """
+    train = task.train
+    if task.train_clients is not None:
+        parts = by_column(task.train_clients)
+        if len(parts) != e.num_clients:
+            raise ValueError(
+                f"--partition {e.partition} names {len(parts)} clients among the {len(train.labels)} training "
+                f"examples: pass --num-clients {len(parts)}, got {e.num_clients}"
+            )
+        return train, parts
     parts = find_partition(e.partition)(np.asarray(train.labels), e.num_clients, e.seed)
     if e.partition != "feature-shift":
         return train, parts
@@ -58,12 +72,14 @@ def _task(
     shots: int,
     seed: int,
     test_limit: int | None,
+    client_column: str | None,
     model: str,
     revision: str | None,
     encoder: str | None,
 ) -> Task:
     clip = _clip(model, revision)
     wanted = {"templates": templates, "shots": shots, "seed": seed, "test_limit": test_limit}
+    wanted["client_column"] = client_column
     task = _resized(load_task(name, data=data, transform=clip.transform, **wanted), clip.pixels.size)
     if encoder is None:
         return task
@@ -104,4 +120,5 @@ def _resized(task: Task, size: int) -> Task:
 
     clean = None if task.clean_test_inputs is None else resize(task.clean_test_inputs)
     parts = part(task.train), part(task.validation), part(task.test)
-    return Task(task.name, size, task.class_names, task.templates, *parts, clean)
+    train, validation, test = parts
+    return task._replace(image_size=size, train=train, validation=validation, test=test, clean_test_inputs=clean)

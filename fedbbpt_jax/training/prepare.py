@@ -72,7 +72,7 @@ class Setup(NamedTuple):
       clients: their private data, where the rounds run.
       programs: the method and what is compiled of it.
       server: its state before the first round.
-      payload: bytes (down, up) of one round, all clients together.
+      payload: bytes (down, up) of one client and round.
       key: of all rounds.
     """
 
@@ -102,14 +102,14 @@ def prepare(experiment: Experiment) -> Setup:
         method = build_method(e, task.image_size, task.feature_size)
         e = replace(e, chunk_size=choose_chunk_size(e.model, box, method, task.train, e.batch_size))
     programs = compiled_programs(without_data(e), task.image_size, task.feature_size)
-    seen, parts = split_among_clients(e, task.train)
+    seen, parts = split_among_clients(e, task)
     rounds_box, clients = _where_rounds_run(e, box, pack(seen, parts, programs.num_shards), programs)
     method = programs.method
     init_key, key = jax.random.split(jax.random.key(e.seed))
     client = method.optimizer.init(method.generator.init(init_key))
-    down, up = method.federation.payload_bytes(client)
+    payload = method.federation.payload_bytes(client)
     server = method.federation.init(client)
-    return Setup(e, task, parts, box, rounds_box, clients, programs, server, (e.cohort * down, e.cohort * up), key)
+    return Setup(e, task, parts, box, rounds_box, clients, programs, server, payload, key)
 
 
 def _where_rounds_run(

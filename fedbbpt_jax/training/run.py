@@ -109,7 +109,8 @@ class Record:
         added = {
             name: int(here(getattr(info, name)).sum()) for name in ("num_evaluations", "num_requests", "num_valid")
         }
-        added |= {"round": num_rounds, "uplink_bytes": num_rounds * up, "downlink_bytes": num_rounds * down}
+        came = int(here(info.num_clients).sum())
+        added |= {"round": num_rounds, "uplink_bytes": came * up, "downlink_bytes": came * down}
         self.counts = {name: value + added[name] for name, value in self.counts.items()}
         self.server = server
 
@@ -152,6 +153,7 @@ def finish(record: Record, zero_shot: Evaluation, more: Row) -> Outcome:
         "test_loss": float(final.loss),
         "validation_accuracy": rows[-1]["accuracy"],
         **record.counts,
+        **dict(zip(("downlink_bytes_per_client", "uplink_bytes_per_client"), setup.payload, strict=True)),
         "num_eval_requests": record.num_eval_requests + 2 * int(final.num_requests),
         "wall_seconds": time.perf_counter() - record.started,
         **more,

@@ -157,10 +157,24 @@ STRUCT = {"bytes": datasets.Value("binary"), "path": TEXT}
         ({"image": IMAGE, "label_a": INT, "label_count": INT}, Columns(label="label_count"), ("image", "label_count")),
         ({"image": IMAGE, "label": INT}, Columns(label="label_count"), ("image", "label")),
         ({"a": IMAGE, "b": IMAGE, "label": INT}, Columns(image="b"), ("b", "label")),
+        ({"image": IMAGE, "label": INT, "class": INT}, Columns(client="label"), ("image", "class")),
     ],
 )
 def test_columns_that_are_found(columns, preferred, expected):
     assert find_columns(features(**columns), preferred, "it")[:2] == expected
+
+
+def test_whose_an_image_is(tmp_path):
+    """Numbers or names, of a table in two files; the column is none of the class, and is read only if asked for."""
+    for file, wards in (("train-0.parquet", ["a", "b"]), ("train-1.parquet", ["b", "c"])):
+        table = {"image": cells("train", [0, 1]), "label": ["cat", "dog"], "ward": wards}
+        pq.write_table(pa.table(table), tmp_path / file)
+    images = read_parquet(tmp_path, columns=Columns(client="ward"))
+    assert images.train.clients.tolist() == ["a", "b", "b", "c"]
+    assert images.train.take(np.array([1, 3])).clients.tolist() == ["b", "c"]
+    assert read_parquet(tmp_path).train.clients is None
+    with pytest.raises(TaskError, match=r"has the columns image .*; expected 'town', the client of an image"):
+        read_parquet(tmp_path, columns=Columns(client="town"))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets.config import HF_CACHE_HOME
@@ -289,6 +290,22 @@ def test_a_transform_of_several_sizes(three_splits):
     sizes = iter(range(4, 99))
     with pytest.raises(ValueError, match=r"gave uint8 \[5, 5, 3\]"):
         load(three_splits, transform=lambda image: np.zeros((next(sizes),) * 2 + (3,), np.uint8))
+
+
+def test_whose_an_image_is_goes_with_the_shots(tmp_path):
+    rows = [(label, index) for label in range(2) for index in range(8)]
+    images = [{"bytes": encode(picture("train", *row)), "path": None} for row in rows]
+    table = {"image": images, "label": [("cat", "dog")[n] for n, _ in rows]}
+    pq.write_table(pa.table({**table, "ward": [f"ward {index % 3}" for _, index in rows]}), tmp_path / "all.parquet")
+    task = load(tmp_path, client_column="ward")
+    indices = [index for _, _, index in told(task.train.inputs)]
+    assert task.train_clients.tolist() == [f"ward {index % 3}" for index in indices]
+    assert load(tmp_path).train_clients is None
+
+
+def test_folders_of_images_have_no_columns(three_splits):
+    with pytest.raises(TaskError, match="only a table has a column 'ward'"):
+        load(three_splits, client_column="ward")
 
 
 def test_unknown_name_without_data():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fedbbpt_jax.federated.participation import (
+    read_availability,
     uniform_cohort,
     weighted_cohort,
     with_availability,
@@ -79,6 +80,35 @@ def test_a_trace_begins_anew_after_its_last_round(key):
     for index in range(6):
         _, weights = with_availability(uniform_cohort(5), trace).draw(key, index, SIZES)
         np.testing.assert_array_equal(np.asarray(weights) > 0, trace[index % 3])
+
+
+def test_a_trace_is_read_from_a_file(tmp_path):
+    trace = np.array([[True, False], [False, True]])
+    np.save(tmp_path / "trace.npy", trace)
+    np.testing.assert_array_equal(read_availability(tmp_path / "trace.npy", 2), trace)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (np.ones((3, 5), bool), r"holds bool .3, 5.; expected bool .rounds, 2."),
+        (np.ones((3, 2)), "holds float64"),
+        (np.ones((0, 2), bool), "holds bool .0, 2."),
+        (np.array([{}]), "cannot read a trace"),
+        (None, "cannot read a trace"),
+    ],
+)
+def test_files_that_hold_no_trace(tmp_path, content, message):
+    if content is not None:
+        np.save(tmp_path / "trace.npy", content, allow_pickle=True)
+    with pytest.raises(ValueError, match=message):
+        read_availability(tmp_path / "trace.npy", 2)
+
+
+def test_a_file_of_several_arrays_is_no_trace(tmp_path):
+    np.savez(tmp_path / "trace.npz", a=np.ones((3, 2), bool))
+    with pytest.raises(ValueError, match="several arrays"):
+        read_availability(tmp_path / "trace.npz", 2)
 
 
 BAD = {

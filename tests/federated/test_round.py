@@ -75,17 +75,19 @@ def slow_round(key, params, adam, cohort: Cohort, examples):
     return x, (m, v, t)
 
 
-def test_equals_a_slow_round_in_plain_python(clients, key):
+@pytest.mark.parametrize(("cohort_size", "num_rounds"), [(3, 2), (1, 3)], ids=["fedavg", "fedone"])
+def test_equals_a_slow_round_in_plain_python(clients, key, cohort_size, num_rounds):
+    """Of one client a round, the server takes over what that client came to: FedOne's sequence."""
     method = make_method()
-    server, _ = play(method, clients, key, [0, 1])
+    server, _ = play(method, clients, key, range(num_rounds), cohort_size=cohort_size)
     params, adam = np.zeros(4), (np.zeros(4), np.zeros(4), 0)
-    for index in (0, 1):
+    for index in range(num_rounds):
         cohort_key, client_key = jax.random.split(jax.random.fold_in(key, index))
-        cohort = draw_cohort(cohort_key, index, clients, uniform_cohort(3), **SIZES)
+        cohort = draw_cohort(cohort_key, index, clients, uniform_cohort(cohort_size), **SIZES)
         params, adam = slow_round(client_key, params, adam, cohort, clients.examples)
     assert np.abs(params).max() > 0.1
-    # Six Adam steps of 0.05 whose float32 gradients are right to about 1e-6 (losses of size 1 over 2c = 0.2)
-    np.testing.assert_allclose(method.optimizer.solution(server)["shift"], params, atol=2e-6)
+    # Six to nine Adam steps of 0.05 whose float32 gradients are right to about 1e-6 (losses of size 1 over 2c = 0.2)
+    np.testing.assert_allclose(method.optimizer.solution(server)["shift"], params, atol=3e-6)
 
 
 def test_same_seed_same_bits(clients, key):

@@ -18,7 +18,7 @@ from fedbbpt_jax.training.experiment import (
     resolve,
 )
 from fedbbpt_jax.training.load import split_among_clients
-from fedbbpt_jax.types import Examples
+from fedbbpt_jax.types import Examples, Task
 
 SIZES = {"num_clients": 5, "num_directions": 5, "local_steps": 4, "batch_size": 8}  # 1,600 requests per round
 NAN, INF = float("nan"), float("inf")
@@ -128,6 +128,7 @@ def test_the_budget_is_never_exceeded_and_is_used(sizes):
 
 
 BAD_VALUES = [
+    ("partition", "column:", "column:NAME"),
     *[
         (name, value, "at least 1")
         for name in ("num_clients", "local_steps", "batch_size", "num_directions", "eval_every")
@@ -146,7 +147,7 @@ BAD_VALUES = [
         ("partition", f"dirichlet{value}", "dirichlet:ALPHA with ALPHA > 0")
         for value in ("", ":", ":x", ":0", ":-1", ":nan", ":inf")
     ],
-    *[("partition", value, "iid, dirichlet:ALPHA, .* or feature-shift") for value in ("", "IID", "iid:1", "shards:2")],
+    *[("partition", value, "iid, dirichlet:ALPHA, .* or column:NAME") for value in ("", "IID", "iid:1", "shards:2")],
     *[("dropout", value, "in .0, 1.") for value in (-0.1, 1.0, NAN)],
 ]
 
@@ -166,6 +167,19 @@ def test_generators_make_prompts_of_the_size_of_the_images(generator):
     assert prompt.shape == ((10, 32, 32, 3) if generator == "coordinator" else (32, 32, 3))
 
 
+def holding(train, clients=None):
+    return Task("t", 32, (), (), train, train, train, train_clients=clients)
+
+
+def test_a_column_says_whose_an_example_is():
+    labels = np.zeros(4, np.int32)
+    task = holding(Examples(labels, labels, labels), np.array(["b", "a", "b", "c"]))
+    _, parts = split_among_clients(resolve(Experiment(partition="column:ward", num_clients=3)), task)
+    assert [part.tolist() for part in parts] == [[1], [0, 2], [3]]
+    with pytest.raises(ValueError, match="names 3 clients among the 4 training examples: pass --num-clients 3, got 5"):
+        split_among_clients(resolve(Experiment(partition="column:ward")), task)
+
+
 @pytest.mark.parametrize(
     ("partition", "expected"),
     [("iid", lambda labels: iid(labels, 4, 7)), ("dirichlet:0.3", lambda labels: dirichlet(labels, 4, 0.3, 7))],
@@ -174,7 +188,7 @@ def test_generators_make_prompts_of_the_size_of_the_images(generator):
 def test_partition_is_read(partition, expected):
     labels = np.repeat(np.arange(10), 16)
     train = Examples(labels, labels, labels)
-    seen, parts = split_among_clients(resolve(Experiment(partition=partition, num_clients=4, seed=7)), train)
+    seen, parts = split_among_clients(resolve(Experiment(partition=partition, num_clients=4, seed=7)), holding(train))
     assert seen is train
     assert all(np.array_equal(a, b) for a, b in zip(parts, expected(labels), strict=True))
 
@@ -183,7 +197,7 @@ def test_a_feature_shift_changes_pictures_and_what_is_seen_of_them():
     pictures = np.random.default_rng(0).random((40, 32, 32, 3)).astype(np.float32)
     train = Examples(pictures, grid_means(pictures), np.repeat(np.arange(10), 4).astype(np.int32))
     e = resolve(Experiment(partition="feature-shift", num_clients=4))
-    seen, parts = split_among_clients(e, train)
+    seen, parts = split_among_clients(e, holding(train))
     np.testing.assert_array_equal(np.concatenate(parts), np.concatenate(iid(train.labels, 4, 0)))
     assert (seen.inputs != pictures).any((1, 2, 3)).all()
     np.testing.assert_array_equal(seen.features, grid_means(seen.inputs))
