@@ -8,6 +8,7 @@ served box in another process.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -56,7 +57,7 @@ class PromptedClassifier:
             )
 
         def flat(x):  # [C, K, B, ...] -> [C*K*B, ...]
-            return jnp.broadcast_to(x, (*axes, *x.shape[3:])).reshape(-1, *x.shape[3:])
+            return jnp.broadcast_to(x, (*axes, *x.shape[3:])).reshape(math.prod(axes), *x.shape[3:])
 
         inputs = jax.tree.map(lambda x: flat(jnp.asarray(x)[:, None]), query.inputs)
         with jax.default_matmul_precision("highest" if self.precision == "highest" else "default"):

@@ -10,7 +10,7 @@ from flax import nnx
 from jax import Array
 
 from fedbbpt_jax.models.checkpoint import Dialect
-from fedbbpt_jax.models.layers import Config, Encoder, PostNormBlock, layer_norm, unit
+from fedbbpt_jax.models.layers import Config, Encoder, PostNormBlock, behind_first, layer_norm, unit
 
 BERT_SPELLINGS = (
     ("embeddings.layer_norm.", "embeddings.LayerNorm."),
@@ -59,12 +59,25 @@ class BertEncoder(nnx.Module):
         self.embeddings = BertEmbeddings(config, rngs=rngs)
         self.encoder = Encoder(PostNormBlock, config, rngs=rngs)
 
-    def __call__(self, ids: Array, attended: Array) -> Array:
-        """Returns last hidden states `[B, T, E]` of ids int32 `[B, T]`; `attended` bool `[B, T]` hides padding."""
-        words = self.embeddings.word_embeddings(ids)
-        return self.encoder(self.embeddings(words, jnp.arange(ids.shape[-1])), attended[:, None, None])
+    def __call__(self, ids: Array, attended: Array, prompt: Array | None = None) -> Array:
+        """Returns last hidden states `[B, P + T, E]`.
 
-    def embed(self, ids: Array, attended: Array) -> Array:
-        """Returns unit sentence embeddings, float32 `[B, E]`: the mean over the attended tokens."""
-        weights = attended[..., None].astype(jnp.float32)
-        return unit((weights * self(ids, attended)).sum(1))
+        Args:
+          ids: int32 `[B, T]`, the first of each row `[CLS]`.
+          attended: bool `[B, T]`, False hides padding.
+          prompt: word embeddings `[B, P, E]`, right behind the first token; none if left out (P = 0).
+
+        Raises:
+          ValueError: prompt and text are longer than the model's positions.
+        """
+        words = self.embeddings.word_embeddings(ids)
+        if prompt is not None:
+            words = behind_first(words, prompt)
+            attended = behind_first(attended, jnp.ones(prompt.shape[:2], bool))
+        return self.encoder(self.embeddings(words, jnp.arange(words.shape[1])), attended[:, None, None])
+
+    def embed(self, ids: Array, attended: Array, prompt: Array | None = None) -> Array:
+        """Returns unit sentence embeddings, float32 `[B, E]`: the mean over the attended tokens, the prompt's too."""
+        num_prompt = 0 if prompt is None else prompt.shape[1]
+        weights = behind_first(attended, jnp.ones((len(ids), num_prompt), bool))[..., None]
+        return unit((weights * self(ids, attended, prompt)).sum(1))
