@@ -192,6 +192,8 @@ class Federation(NamedTuple):
       aggregate: `(server state, ids [C], client states [C, ...], weights [C], total) -> server state`.
       outcomes: `server state -> client states [M, ...]`, the M models to evaluate (one, unless clients stay apart).
       payload_bytes: `client state -> (downlink, uplink)`, bytes per client and round.
+      report: `(client state, losses [B], valid [B]) -> client state`, told at the end of a round what each client's
+        solution costs on its last minibatch; None where nobody wants to know, and nothing is asked.
     """
 
     init: Callable[[PyTree], PyTree]
@@ -199,12 +201,29 @@ class Federation(NamedTuple):
     aggregate: Callable[[PyTree, Array, PyTree, Array, Total], PyTree]
     outcomes: Callable[[PyTree], PyTree]
     payload_bytes: Callable[[PyTree], tuple[int, int]]
+    report: Callable[[PyTree, Array, Array], PyTree] | None = None
+
+
+def as_it_is(key: Array, examples: Examples) -> Examples:
+    """Returns a minibatch as it is."""
+    del key
+    return examples
 
 
 class Method(NamedTuple):
-    """The four choices that make a federated black-box prompt tuning method."""
+    """The choices that make a federated black-box prompt tuning method.
+
+    Attributes:
+      generator: parameters to prompts.
+      objective: scores and labels to losses.
+      optimizer: of each client.
+      federation: how clients come together.
+      view: `(key, minibatch [B]) -> [B']`, what is asked about in its place, such as itself and a spoilt copy; all
+        candidates of a step are asked about the same.
+    """
 
     generator: PromptGenerator
     objective: Objective
     optimizer: Optimizer
     federation: Federation
+    view: Callable[[Array, Examples], Examples] = as_it_is

@@ -13,7 +13,7 @@ from fedbbpt_jax.federated.cohort import ClientData, draw_cohort
 from fedbbpt_jax.federated.participation import Participation
 from fedbbpt_jax.federated.placement import RunRounds, check_sizes
 from fedbbpt_jax.federated.round import Evaluate, RoundInfo, candidate_prompt, federated_round, response_losses
-from fedbbpt_jax.types import BlackBox, Cohort, EstimateInfo, Examples, Method, PyTree, Query
+from fedbbpt_jax.types import BlackBox, Cohort, EstimateInfo, Examples, Method, Optimizer, PyTree, Query
 
 Evaluation = Callable[[BlackBox, Examples, Sequence[Cohort]], Evaluate]
 """`(box, all clients' examples, cohorts of the rounds to come) -> evaluation of these, step by step`."""
@@ -32,23 +32,24 @@ def host_rounds(method: Method, participation: Participation, *, local_steps: in
     Raises:
       ValueError: a size is not positive; whatever the box raises passes through.
     """
-    ks = jnp.arange(method.optimizer.num_candidates)
 
-    @jax.jit
-    def prompts(keys: Array, states: PyTree, features: Array) -> PyTree:
-        over_candidates = jax.vmap(partial(candidate_prompt, method), (None, None, 0, None))
+    @partial(jax.jit, static_argnums=0)
+    def prompts(optimizer: Optimizer, keys: Array, states: PyTree, features: Array) -> PyTree:
+        asking, ks = method._replace(optimizer=optimizer), jnp.arange(optimizer.num_candidates)
+        over_candidates = jax.vmap(partial(candidate_prompt, asking), (None, None, 0, None))
         return jax.vmap(over_candidates, (0, 0, None, 0))(keys, states, ks, features)
 
-    losses = jax.jit(partial(response_losses, method))
+    losses, view = jax.jit(partial(response_losses, method)), jax.jit(jax.vmap(method.view))
 
-    def evaluate(box: BlackBox, examples: Examples, keys: Array, states: PyTree, rows: Array, taking_part: Array):
+    def evaluate(box: BlackBox, examples: Examples, optimizer: Optimizer, keys: Array, states: PyTree, *rest):
+        rows, taking_part = rest
+        batches = view(keys, jax.tree.map(lambda x: jnp.asarray(x[rows]), examples))
+        shape = (len(keys), optimizer.num_candidates, batches.labels.shape[1])
         present = jnp.flatnonzero(taking_part)
-        shape = (len(keys), len(ks), rows.shape[1])
         if len(present) == 0:
             return jnp.zeros(shape), jnp.zeros(shape, bool)
-        keys, states = jax.tree.map(lambda x: x[present], (keys, states))
-        batches = jax.tree.map(lambda x: jnp.asarray(x[rows[present]]), examples)
-        response = box(Query(prompts(keys, states, batches.features), batches.inputs))
+        keys, states, batches = jax.tree.map(lambda x: x[present], (keys, states, batches))
+        response = box(Query(prompts(optimizer, keys, states, batches.features), batches.inputs))
         found, valid = losses(jax.tree.map(jnp.asarray, response), batches.labels)
         return jnp.zeros(shape).at[present].set(found), jnp.zeros(shape, bool).at[present].set(valid)
 

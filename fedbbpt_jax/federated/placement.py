@@ -23,7 +23,7 @@ from fedbbpt_jax.federated.round import (
     federated_round,
     response_losses,
 )
-from fedbbpt_jax.types import BlackBox, Cohort, Examples, Method, PyTree, Query
+from fedbbpt_jax.types import BlackBox, Cohort, Examples, Method, Optimizer, PyTree, Query
 
 RunRounds = Callable[[BlackBox, PyTree, ClientData, Array, Array], tuple[PyTree, RoundInfo]]
 """`(box, server, clients, key, rounds [R]) -> (server, RoundInfo [R])`; a negative round number is skipped, so that
@@ -195,14 +195,15 @@ def evaluation_in_chunks(
 
     A chunk of which nobody takes part is skipped; `vary` gives its zeros the type of what the others answer.
     """
-    num_candidates = method.optimizer.num_candidates
 
-    def evaluate(keys: Array, states: PyTree, rows: Array, taking_part: Array) -> tuple[Array, Array]:
+    def evaluate(optimizer: Optimizer, keys: Array, states: PyTree, rows: Array, taking_part: Array):
+        num_candidates, asking = optimizer.num_candidates, method._replace(optimizer=optimizer)
+
         def one(place: Array) -> tuple[Array, Array]:
             client, k = place // num_candidates, place % num_candidates
             state = jax.tree.map(lambda x: x[client], states)
-            batch = jax.tree.map(lambda x: x[rows[client]], examples)
-            prompt = candidate_prompt(method, keys[client], state, k, batch.features)
+            batch = method.view(keys[client], jax.tree.map(lambda x: x[rows[client]], examples))
+            prompt = candidate_prompt(asking, keys[client], state, k, batch.features)
             # One client and one candidate: the box's axes C and K are 1 here, and JAX batches over the chunk.
             batch, prompt = jax.tree.map(lambda x: x[None], (batch, jax.tree.map(lambda x: x[None], prompt)))
             losses = response_losses(method, box(Query(prompt, batch.inputs)), batch.labels)

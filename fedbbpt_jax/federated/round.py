@@ -6,6 +6,7 @@ fills them; it never changes this text.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedbbpt_jax.types import Cohort, EstimateInfo, Method, PyTree, Response, Total
+from fedbbpt_jax.types import Cohort, EstimateInfo, Method, Optimizer, PyTree, Response, Total
 
-Evaluate = Callable[[Array, PyTree, Array, Array], tuple[Array, Array]]
-"""`(keys [C], states [C, ...], rows [C, B], taking part [C]) -> losses [C, K, B], valid [C, K, B]`; those who do not
-take part need not be asked."""
+Evaluate = Callable[[Optimizer, Array, PyTree, Array, Array], tuple[Array, Array]]
+"""`(optimizer, keys [C], states [C, ...], rows [C, B], taking part [C]) -> losses [C, K, B'], valid [C, K, B']` of the
+optimizer's candidates on the B' examples of the method's view; those who do not take part need not be asked."""
 Scan = Callable[[Callable, PyTree, PyTree], tuple[PyTree, PyTree]]
 """`jax.lax.scan`, or the same as a loop where the evaluation cannot be traced."""
 
@@ -28,7 +29,7 @@ class RoundInfo(NamedTuple):
     Attributes:
       step: estimates' diagnostics, mean over the cohort by weight.
       num_clients: that took part, int32; each was sent the server's payload and sent its own back.
-      num_evaluations: prompts tried on a minibatch, int32.
+      num_evaluations: prompts tried on B examples, int32.
       num_requests: prompts tried on an example, int32; what an API bills.
       num_valid: requests that had a usable answer, int32.
     """
@@ -70,26 +71,37 @@ def federated_round(
     taking_part = cohort.weights > 0
     client_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, cohort.ids)
 
-    def local_step(states: PyTree, row: tuple[Array, Array]) -> tuple[PyTree, tuple[EstimateInfo, Array]]:
-        step, rows = row
+    def ask_about(optimizer: Optimizer, step: Array | int, states: PyTree, rows: Array):
         keys = jax.vmap(jax.random.fold_in, (0, None))(client_keys, step)
-        losses, valid = evaluate(keys, states, rows, taking_part)
+        losses, valid = evaluate(optimizer, keys, states, rows, taking_part)
+        asked = jnp.broadcast_to(taking_part[:, None, None], valid.shape)
+        return keys, losses, valid, jnp.stack([asked, valid & asked]).sum((2, 3))  # counts [2, C]
+
+    def local_step(states: PyTree, row: tuple[Array, Array]) -> tuple[PyTree, tuple[EstimateInfo, Array]]:
+        keys, losses, valid, counts = ask_about(optimizer, row[0], states, row[1])
         states, info = jax.vmap(optimizer.tell)(keys, states, losses, valid)
-        return states, (info, (valid & taking_part[:, None, None]).sum((1, 2)))
+        return states, (info, counts)
 
     rows = jnp.moveaxis(cohort.rows, 1, 0)  # [T, C, B]
     num_steps, _, batch_size = rows.shape
-    clients, (info, num_valid) = scan(
-        local_step, federation.broadcast(server, cohort.ids), (jnp.arange(num_steps), rows)
-    )
+    clients, (info, counts) = scan(local_step, federation.broadcast(server, cohort.ids), (jnp.arange(num_steps), rows))
+    counts = counts.sum(0)
+    if federation.report is not None:
+        _, losses, valid, more = ask_about(_solution_alone(optimizer), num_steps, clients, rows[-1])
+        clients, counts = jax.vmap(federation.report)(clients, losses[:, 0], valid[:, 0]), counts + more
     server = federation.aggregate(server, cohort.ids, clients, cohort.weights, total)
 
-    num_clients = total(taking_part.astype(jnp.int32))
-    num_evaluations = num_clients * num_steps * optimizer.num_candidates
     share = cohort.weights / jnp.maximum(total(cohort.weights), 1e-9)
     step = jax.tree.map(lambda x: total(x.mean(0) * share), info)
-    num_requests = num_evaluations * batch_size
-    return server, RoundInfo(step, num_clients, num_evaluations, num_requests, total(num_valid.sum(0)))
+    num_requests, num_valid = total(counts.T)
+    num_clients = total(taking_part.astype(jnp.int32))
+    return server, RoundInfo(step, num_clients, num_requests // batch_size, num_requests, num_valid)
+
+
+@functools.lru_cache(maxsize=16)  # so that what was compiled for it is found again
+def _solution_alone(optimizer: Optimizer) -> Optimizer:
+    """Returns the optimizer whose only candidate is its solution."""
+    return optimizer._replace(ask=lambda key, state, k: optimizer.solution(state), num_candidates=1)
 
 
 def candidate_prompt(method: Method, key: Array, state: PyTree, k: Array, features: Array) -> PyTree:

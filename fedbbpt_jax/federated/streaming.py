@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import jax
@@ -16,7 +17,7 @@ from fedbbpt_jax.federated.host import looped_rounds
 from fedbbpt_jax.federated.participation import Participation
 from fedbbpt_jax.federated.placement import RunRounds, check_sizes, evaluation_in_chunks
 from fedbbpt_jax.federated.round import Evaluate
-from fedbbpt_jax.types import BlackBox, Cohort, Examples, Method, PyTree
+from fedbbpt_jax.types import BlackBox, Cohort, Examples, Method, Optimizer, PyTree
 
 Job = TypeVar("Job")
 Found = TypeVar("Found")
@@ -50,20 +51,23 @@ def stream_rounds(
     """
     check_sizes(chunk_size=chunk_size, group_size=group_size)
 
-    @jax.jit
-    def evaluate_group(box: BlackBox, batches: Examples, keys: Array, states: PyTree, taking_part: Array):
+    reports = method.federation.report is not None
+
+    @partial(jax.jit, static_argnums=0)
+    def evaluate_group(optimizer: Optimizer, box: BlackBox, batches: Examples, keys: Array, *rest):
         rows = jnp.arange(len(keys) * batch_size).reshape(-1, batch_size)
-        return evaluation_in_chunks(method, box, batches, chunk_size)(keys, states, rows, taking_part)
+        states, taking_part = rest
+        return evaluation_in_chunks(method, box, batches, chunk_size)(optimizer, keys, states, rows, taking_part)
 
     def evaluation(box: BlackBox, examples: Examples, cohorts: Sequence[Cohort]) -> Evaluate:
-        batches = prefetched(lambda rows: _gather(examples, rows), _groups_of_rows(cohorts, group_size))
+        batches = prefetched(lambda rows: _gather(examples, rows), _groups_of_rows(cohorts, group_size, reports))
 
-        def evaluate(keys: Array, states: PyTree, rows: Array, taking_part: Array) -> tuple[Array, Array]:
+        def evaluate(optimizer: Optimizer, keys: Array, states: PyTree, rows: Array, taking_part: Array):
             found = []
             for places in _groups(len(rows), group_size):
                 group = jax.tree.map(lambda x, places=places: x[places], (keys, states, taking_part))
                 # The host waits here, or it would run ahead of the device and fill it with minibatches.
-                found.append(jax.block_until_ready(evaluate_group(box, next(batches), *group)))
+                found.append(jax.block_until_ready(evaluate_group(optimizer, box, next(batches), *group)))
             return jax.tree.map(lambda *x: jnp.concatenate(x)[: len(rows)], *found)
 
         return evaluate
@@ -100,11 +104,14 @@ def _groups(num_clients: int, group_size: int) -> list[np.ndarray]:
     return [np.minimum(np.arange(start, start + size), num_clients - 1) for start in range(0, num_clients, size)]
 
 
-def _groups_of_rows(cohorts: Sequence[Cohort], group_size: int) -> Iterator[np.ndarray]:
-    """Yields the rows `[group, B]` of each group of each step of each cohort, as they will be asked for."""
+def _groups_of_rows(cohorts: Sequence[Cohort], group_size: int, reports: bool) -> Iterator[np.ndarray]:
+    """Yields the rows `[group, B]` of each group of each step of each cohort, as they will be asked for.
+
+    Those of the last step come twice if clients report what their solution costs on them.
+    """
     for cohort in cohorts:
         rows = np.asarray(cohort.rows)  # [C, T, B]
-        for step in range(rows.shape[1]):
+        for step in [*range(rows.shape[1]), *[-1] * reports]:
             for places in _groups(len(rows), group_size):
                 yield rows[places, step]
 

@@ -1,6 +1,7 @@
 """One round body, four placements: compiled, sharded over 1 to 8 devices, streamed, around a host box; same results."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -10,7 +11,7 @@ from fedbbpt_jax.estimators.catalogue import ESTIMATORS
 from fedbbpt_jax.estimators.directions import rademacher
 from fedbbpt_jax.estimators.spsa import spsa
 from fedbbpt_jax.federated.averaging import isolated, weighted_mean
-from fedbbpt_jax.federated.cohort import pack
+from fedbbpt_jax.federated.cohort import draw_cohort, pack
 from fedbbpt_jax.federated.host import host_rounds
 from fedbbpt_jax.federated.mesh import make_mesh, place_clients, replicate
 from fedbbpt_jax.federated.participation import (
@@ -24,7 +25,7 @@ from fedbbpt_jax.federated.placement import compile_rounds, shard_rounds
 from fedbbpt_jax.federated.streaming import prefetched, stream_rounds
 from fedbbpt_jax.objectives import cross_entropy
 from fedbbpt_jax.optimizers.descent import descent
-from fedbbpt_jax.types import Method
+from fedbbpt_jax.types import EstimateInfo, Method, Query
 
 SIZES = {"local_steps": 2, "batch_size": 3}
 PARTS = np.split(np.arange(60), [3, 10, 14, 30, 33, 35, 50, 51, 58])  # ten clients of 1 to 16 examples
@@ -129,6 +130,42 @@ class TestHost:
 
         with pytest.raises(ConnectionError, match="the line is dead"):
             host_rounds(method, uniform_cohort(2), **SIZES)(box, start(method), pack(vectors, PARTS), key, [0])
+
+
+def spoilt_twice(key, examples):
+    """A minibatch and two copies of it whose inputs are noisy."""
+
+    def copy(k):
+        inputs = examples.inputs + jax.random.normal(jax.random.fold_in(key, k), examples.inputs.shape)
+        return examples._replace(inputs=inputs)
+
+    return jax.tree.map(lambda *x: jnp.concatenate(x), examples, copy(0), copy(1))
+
+
+def test_reports_and_views_on_any_placement(vectors, key):
+    """Losses of the solutions, which here move the parameters; every request is counted."""
+
+    def report(state, losses, valid):
+        assert losses.shape == valid.shape == (9,)
+        return state._replace(params=jax.tree.map(lambda x: x + jnp.where(valid, losses, 0).mean(), state.params))
+
+    method = make_method(weighted_mean()._replace(report=report))._replace(view=spoilt_twice)
+    check_placements(vectors, key, method, PARTICIPATIONS["drop-out"], [4])
+    _, info = play(compile_rounds(method, uniform_cohort(3), **SIZES), method, pack(vectors, PARTS), key, [0])
+    assert info.num_requests[0] == info.num_valid[0] == 3 * (4 * 2 + 1) * 9
+    assert info.num_evaluations[0] == 3 * (4 * 2 + 1) * 3
+
+
+def test_a_report_is_of_the_solution_on_the_last_minibatch(vectors, key):
+    """Worked out by hand: no optimizer moves, so that the loss is that of the start."""
+    method = make_method(weighted_mean()._replace(report=lambda s, losses, valid: s._replace(params={"shift": losses})))
+    optimizer = method.optimizer._replace(tell=lambda key, state, losses, valid: (state, EstimateInfo(*jnp.zeros(3))))
+    method, clients, sizes = method._replace(optimizer=optimizer), pack(vectors, PARTS), {**SIZES, "batch_size": 4}
+    server, _ = play(compile_rounds(method, uniform_cohort(1), **sizes), method, clients, key, [5])
+    cohort_key, _ = jax.random.split(jax.random.fold_in(key, 5))
+    rows = draw_cohort(cohort_key, 5, clients, uniform_cohort(1), **sizes).rows[0, -1]
+    scores = linear_box(Query(jnp.zeros((1, 1, 4)), vectors.inputs[rows][None])).scores[0, 0]
+    np.testing.assert_allclose(server.params["shift"], cross_entropy(scores, vectors.labels[rows]), rtol=1e-6)
 
 
 class TestStream:
