@@ -78,18 +78,18 @@ class Task(NamedTuple):
 
     Attributes:
       name: as in the table of tasks, or of the folder that the data came from.
-      image_size: H = W, pixels.
       class_names: N short names, in the order of the labels.
-      templates: texts with one `{}` each, where a class name goes.
+      templates: texts with one `{}` each, where a class name goes; for pictures only.
       train: the shots, to be split among clients.
       validation: for choices; disjoint from `train`.
       test: for one report at the end; the same for every seed.
       clean_test_inputs: the test images `[n, H, W, 3]` without the shift, where one was applied; for pictures only.
       train_clients: whose each example of `train` is, names or numbers `[n]`, where the data say so and were asked.
+      metric: what is reported, a name of `training/metrics.py`.
+      vocabulary: token ids, of which discrete prompts are made; for texts only.
     """
 
     name: str
-    image_size: int
     class_names: tuple[str, ...]
     templates: tuple[str, ...]
     train: Examples
@@ -97,6 +97,13 @@ class Task(NamedTuple):
     test: Examples
     clean_test_inputs: np.ndarray | None = None
     train_clients: np.ndarray | None = None
+    metric: str = "accuracy"
+    vocabulary: tuple[int, ...] = ()
+
+    @property
+    def image_size(self) -> int:
+        """H = W, pixels; 0 where inputs are no pictures."""
+        return self.train.inputs.shape[1] if getattr(self.train.inputs, "ndim", 0) == 4 else 0
 
     @property
     def feature_size(self) -> int:

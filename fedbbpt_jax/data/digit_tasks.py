@@ -79,7 +79,6 @@ def load_digit_task(name: str, *, shots: int = 16, seed: int = 0) -> Task:
     test_examples, clean = examples(test, scans.test, test_rng, True)
     return Task(
         name,
-        CANVAS,
         DIGIT_WORDS,
         ("the digit {}",),
         examples(train, scans.pool, rng, False)[0],

@@ -73,9 +73,8 @@ def load_image_task(
     images = name_classes(read_images(source, row, revision), row, source)
     parts = draw(images, shots, seed, test_limit, source)
     train, validation, test = (_examples(part, transform or center_crop()) for part in parts)
-    size = train.inputs.shape[1]
     called = name or name_of(source)
-    return Task(called, size, images.class_names, texts, train, validation, test, train_clients=parts[0].clients)
+    return Task(called, images.class_names, texts, train, validation, test, train_clients=parts[0].clients)
 
 
 def name_of(data: str) -> str:

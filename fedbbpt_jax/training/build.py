@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import optax
 
 from fedbbpt_jax.estimators.catalogue import find_estimator
@@ -31,21 +33,40 @@ from fedbbpt_jax.prompts.coordinator import BLACKVIP_CHANNELS, SMALL_CHANNELS, c
 from fedbbpt_jax.prompts.personal import personal
 from fedbbpt_jax.prompts.pixels import frame, full_overlay, low_resolution_overlay
 from fedbbpt_jax.training.experiment import SPSA_GC, Experiment, ResolvedExperiment
-from fedbbpt_jax.types import Estimator, Federation, Method, Optimizer, PromptGenerator
+from fedbbpt_jax.types import Estimator, Federation, Method, Optimizer, PromptGenerator, Task
 
 
-def build_method(experiment: ResolvedExperiment, image_size: int, feature_size: int) -> Method:
+class PromptSizes(NamedTuple):
+    """What a prompt has to fit.
+
+    Attributes:
+      image_size: H = W of pictures, pixels.
+      feature_size: F, the width of what a generator sees of an input.
+      vocabulary: token ids, of which a discrete prompt is made.
+    """
+
+    image_size: int
+    feature_size: int
+    vocabulary: tuple[int, ...] = ()
+
+
+def prompt_sizes(task: Task) -> PromptSizes:
+    """Returns what a prompt of a task has to fit."""
+    return PromptSizes(task.image_size, task.feature_size, task.vocabulary)
+
+
+def build_method(experiment: ResolvedExperiment, sizes: PromptSizes) -> Method:
     """Returns the method that a resolved experiment describes, for a task of these sizes."""
-    generator = build_generator(experiment, image_size, feature_size)
+    generator = build_generator(experiment, sizes)
     if experiment.federation == "personal":
         generator = personal(generator)
     optimizer = build_optimizer(experiment)
     return Method(generator, cross_entropy, optimizer, build_federation(experiment, optimizer))
 
 
-def build_generator(experiment: Experiment, image_size: int, feature_size: int) -> PromptGenerator:
-    """Returns the prompt generator for images of `image_size` pixels and `feature_size` features."""
-    size = image_size
+def build_generator(experiment: Experiment, sizes: PromptSizes) -> PromptGenerator:
+    """Returns the prompt generator for a task of these sizes."""
+    size = sizes.image_size
     match experiment.generator:
         case "low-resolution":
             return low_resolution_overlay(size, resolution=8)
@@ -54,7 +75,7 @@ def build_generator(experiment: Experiment, image_size: int, feature_size: int) 
         case "frame":
             return frame(size, width=max(1, round(size * 30 / 224)))  # BlackVIP's 30 of 224 pixels
         case "coordinator":
-            return coordinator(size, feature_size, SMALL_CHANNELS if size < 224 else BLACKVIP_CHANNELS)
+            return coordinator(size, sizes.feature_size, SMALL_CHANNELS if size < 224 else BLACKVIP_CHANNELS)
 
 
 def build_optimizer(experiment: ResolvedExperiment) -> Optimizer:

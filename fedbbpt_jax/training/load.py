@@ -121,4 +121,4 @@ def _resized(task: Task, size: int) -> Task:
     clean = None if task.clean_test_inputs is None else resize(task.clean_test_inputs)
     parts = part(task.train), part(task.validation), part(task.test)
     train, validation, test = parts
-    return task._replace(image_size=size, train=train, validation=validation, test=test, clean_test_inputs=clean)
+    return task._replace(train=train, validation=validation, test=test, clean_test_inputs=clean)

@@ -19,7 +19,7 @@ from fedbbpt_jax.federated.host import host_rounds
 from fedbbpt_jax.federated.mesh import make_mesh, place_clients, replicate
 from fedbbpt_jax.federated.placement import RunRounds, compile_rounds, shard_rounds
 from fedbbpt_jax.federated.streaming import stream_rounds
-from fedbbpt_jax.training.build import build_method, build_participation
+from fedbbpt_jax.training.build import PromptSizes, build_method, build_participation, prompt_sizes
 from fedbbpt_jax.training.chunk_size import choose_chunk_size
 from fedbbpt_jax.training.evaluate import Evaluation, compile_evaluation
 from fedbbpt_jax.training.experiment import Experiment, ResolvedExperiment, resolve, without_data
@@ -42,9 +42,9 @@ class Programs(NamedTuple):
 
 
 @functools.lru_cache(maxsize=16)
-def compiled_programs(e: ResolvedExperiment, image_size: int, feature_size: int) -> Programs:
+def compiled_programs(e: ResolvedExperiment, prompt: PromptSizes) -> Programs:
     """Returns the programs of an experiment `without_data`, so that seeds and partitions share compilations."""
-    method = build_method(e, image_size, feature_size)
+    method = build_method(e, prompt)
     evaluate = compile_evaluation(method.generator, method.objective)
     what = method, build_participation(e)
     sizes = {"local_steps": e.local_steps, "batch_size": e.batch_size}
@@ -99,9 +99,9 @@ def prepare(experiment: Experiment) -> Setup:
     task = task._replace(validation=on_device(task.validation), test=on_device(task.test))
     box = query_only(load_classifier(e, task))
     if not e.chunk_size:
-        method = build_method(e, task.image_size, task.feature_size)
+        method = build_method(e, prompt_sizes(task))
         e = replace(e, chunk_size=choose_chunk_size(e.model, box, method, task.train, e.batch_size))
-    programs = compiled_programs(without_data(e), task.image_size, task.feature_size)
+    programs = compiled_programs(without_data(e), prompt_sizes(task))
     seen, parts = split_among_clients(e, task)
     rounds_box, clients = _where_rounds_run(e, box, pack(seen, parts, programs.num_shards), programs)
     method = programs.method

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from fedbbpt_jax.federated.cohort import ClientData
 from fedbbpt_jax.federated.mesh import RUNS, make_mesh
 from fedbbpt_jax.federated.placement import RunSweep, sweep_rounds
-from fedbbpt_jax.training.build import build_method, build_participation
+from fedbbpt_jax.training.build import PromptSizes, build_method, build_participation, prompt_sizes
 from fedbbpt_jax.training.compare import SeedResult
 from fedbbpt_jax.training.experiment import Experiment, ResolvedExperiment, without_data
 from fedbbpt_jax.training.prepare import prepare
@@ -61,7 +61,7 @@ def run_together(experiments: Sequence[Experiment], on_row: Callable[[int, Row],
         raise ValueError("runs of one program may differ in their seed and step size only")
     if first.experiment.placement != "compile":  # clients in shards, or a box on the host, are laid out otherwise
         raise ValueError(f"runs of one program need placement compile, got {first.experiment.placement}")
-    run_rounds = compiled_sweep(shapes.pop(), len(setups), first.task.image_size, first.task.feature_size)
+    run_rounds = compiled_sweep(shapes.pop(), len(setups), prompt_sizes(first.task))
     lrs = jnp.asarray([s.experiment.lr for s in setups])
     servers = jax.tree.map(lambda *x: jnp.stack(x), *(s.server for s in setups))
     clients, keys = stack([s.clients for s in setups]), jnp.stack([s.key for s in setups])
@@ -85,11 +85,11 @@ def run_together(experiments: Sequence[Experiment], on_row: Callable[[int, Row],
 
 
 @functools.lru_cache(maxsize=4)
-def compiled_sweep(e: ResolvedExperiment, num_runs: int, image_size: int, feature_size: int) -> RunSweep:
+def compiled_sweep(e: ResolvedExperiment, num_runs: int, sizes: PromptSizes) -> RunSweep:
     """Returns the program of so many runs of an experiment `without_data` and without its step size."""
     num_devices = max(n for n in range(1, jax.device_count() + 1) if num_runs % n == 0)
     return sweep_rounds(
-        lambda lr: build_method(replace(e, lr=lr), image_size, feature_size),
+        lambda lr: build_method(replace(e, lr=lr), sizes),
         build_participation(e),
         make_mesh(num_devices, RUNS),
         local_steps=e.local_steps,

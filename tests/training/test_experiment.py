@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fedbbpt_jax.data.images import grid_means
 from fedbbpt_jax.data.partition import dirichlet, iid
 from fedbbpt_jax.estimators.catalogue import ESTIMATORS
-from fedbbpt_jax.training.build import build_generator, build_method
+from fedbbpt_jax.training.build import PromptSizes, build_generator, build_method
 from fedbbpt_jax.training.experiment import (
     GENERATORS,
     Experiment,
@@ -22,7 +22,8 @@ from fedbbpt_jax.types import Examples, Task
 
 SIZES = {"num_clients": 5, "num_directions": 5, "local_steps": 4, "batch_size": 8}  # 1,600 requests per round
 NAN, INF = float("nan"), float("inf")
-IMAGE_SIZE, FEATURE_SIZE = 32, 48
+FEATURE_SIZE = 48
+SIZES_OF_PROMPTS = PromptSizes(image_size=32, feature_size=FEATURE_SIZE)
 
 
 def test_sizes_left_out_are_resolved():
@@ -94,7 +95,7 @@ def test_an_experiment_can_name_every_estimator_of_the_catalogue_and_the_publish
 @pytest.mark.parametrize("estimator", estimator_descriptions())
 def test_requests_per_round_agree_with_the_optimizer(estimator):
     e = resolve(Experiment(estimator=estimator, num_directions=3))
-    candidates = build_method(e, IMAGE_SIZE, FEATURE_SIZE).optimizer.num_candidates
+    candidates = build_method(e, SIZES_OF_PROMPTS).optimizer.num_candidates
     assert requests_per_round(e) == e.cohort * candidates * e.local_steps * e.batch_size
 
 
@@ -161,14 +162,14 @@ def test_bad_values_are_named_with_what_was_received_and_expected(name, value, e
 
 @pytest.mark.parametrize("generator", GENERATORS)
 def test_generators_make_prompts_of_the_size_of_the_images(generator):
-    init, generate = build_generator(Experiment(generator=generator), IMAGE_SIZE, FEATURE_SIZE)
+    init, generate = build_generator(Experiment(generator=generator), SIZES_OF_PROMPTS)
     features = np.zeros((10, FEATURE_SIZE), np.float32)
     prompt = jax.eval_shape(lambda key: generate(init(key), features), jax.random.key(0))
     assert prompt.shape == ((10, 32, 32, 3) if generator == "coordinator" else (32, 32, 3))
 
 
 def holding(train, clients=None):
-    return Task("t", 32, (), (), train, train, train, train_clients=clients)
+    return Task("t", (), (), train, train, train, train_clients=clients)
 
 
 def test_a_column_says_whose_an_example_is():
@@ -219,7 +220,7 @@ def test_a_feature_shift_changes_pictures_and_what_is_seen_of_them():
 def test_federation_is_read(choices, num_models, num_bytes):
     """How many models it ends in, and what a client sends: parameters with Adam's two moments, or without."""
     e = resolve(replace(Experiment(num_clients=3), **choices))
-    method = build_method(e, IMAGE_SIZE, FEATURE_SIZE)
+    method = build_method(e, SIZES_OF_PROMPTS)
     client = method.optimizer.init(method.generator.init(jax.random.key(0)))
     models = method.federation.outcomes(method.federation.init(client))
     assert {len(leaf) for leaf in jax.tree.leaves(models)} == {num_models}

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from fedbbpt_jax.data.tasks import load_task
 from fedbbpt_jax.errors import OutputError
-from fedbbpt_jax.training.build import build_generator
+from fedbbpt_jax.training.build import build_generator, prompt_sizes
 from fedbbpt_jax.training.compare import SeedResult, WhiteBox
 from fedbbpt_jax.training.experiment import Experiment, resolve
 from fedbbpt_jax.training.records import (
@@ -131,7 +131,7 @@ def test_a_ceiling_that_gains_nothing_has_no_share():
 def test_prompt_file_holds_parameters_that_make_the_prompts(tmp_path, name):
     task = load_task("sensor", shots=1)
     experiment = resolve(Experiment("sensor", generator=name))
-    generator = build_generator(experiment, task.image_size, task.feature_size)
+    generator = build_generator(experiment, prompt_sizes(task))
     keys = iter(jax.random.split(jax.random.key(0), 20))
     params = generator.init(next(keys))
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), params)
