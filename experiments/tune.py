@@ -17,12 +17,14 @@ import tyro
 
 from fedbbpt_jax.data.tasks import load_task
 from fedbbpt_jax.objectives import cross_entropy
-from fedbbpt_jax.training.build import build_generator, prompt_sizes
+from fedbbpt_jax.training.build import build_generator
 from fedbbpt_jax.training.compare import variants
 from fedbbpt_jax.training.evaluate import compile_evaluation
-from fedbbpt_jax.training.experiment import Experiment, resolve
-from fedbbpt_jax.training.prepare import load_classifier, on_device
+from fedbbpt_jax.training.experiment import Experiment
+from fedbbpt_jax.training.load import load_classifier, prompt_sizes
+from fedbbpt_jax.training.prepare import on_device
 from fedbbpt_jax.training.report import format_mean
+from fedbbpt_jax.training.resolve import resolve
 from fedbbpt_jax.training.run import run
 from fedbbpt_jax.training.white_box import compile_white_box
 
@@ -71,7 +73,7 @@ def white_box(seeds: tuple[int, ...]) -> None:
         for seed in seeds:
             e = resolve(replace(DEFAULT, seed=seed))
             task = load_task(e.task, shots=e.shots, seed=seed)
-            classifier, generator = load_classifier(e, task), build_generator(e, prompt_sizes(task))
+            classifier, generator = load_classifier(e, task), build_generator(e, prompt_sizes(e, task))
             settings = {"num_steps": num_steps, "learning_rate": rate}
             tune = compile_white_box(generator, cross_entropy, **settings)
             params = tune(classifier, generator.init(jax.random.key(seed)), on_device(task.train))

@@ -22,14 +22,8 @@ from fedbbpt_jax.data.partition import PARTITIONS
 from fedbbpt_jax.data.tasks import descriptions
 from fedbbpt_jax.errors import FedBBPTError, OutputError
 from fedbbpt_jax.training.compare import run_seeds, variants
-from fedbbpt_jax.training.experiment import (
-    GENERATORS,
-    MODELS,
-    Experiment,
-    estimator_descriptions,
-    requests_per_round,
-    resolve,
-)
+from fedbbpt_jax.training.experiment import GENERATORS, MODELS, Experiment, estimator_descriptions
+from fedbbpt_jax.training.forecast import forecast, forecast_line
 from fedbbpt_jax.training.laboratory import Study, prepare_study, run_study
 from fedbbpt_jax.training.laboratory_report import closing_lines, study_table, write_parquet, write_study_figure
 from fedbbpt_jax.training.partition_report import partition_summary, partition_table, write_partition_figure
@@ -37,6 +31,7 @@ from fedbbpt_jax.training.prepare import Setup, prepare
 from fedbbpt_jax.training.processes import Processes, connected, speaks
 from fedbbpt_jax.training.records import append_row, create_folder, summarise, write_config, write_json, write_prompt
 from fedbbpt_jax.training.report import heading, summary_table, sweep_table, write_accuracy_figure, write_prompt_figure
+from fedbbpt_jax.training.resolve import requests_per_round, resolve
 from fedbbpt_jax.training.run import Row
 from fedbbpt_jax.training.sweep import run_sweep
 
@@ -59,7 +54,8 @@ class Run:
       lr: step size at the start, decaying by a cosine to 0.3 of it; by optimizer if left out. Several, as 0.003,0.01,
         are a sweep: all runs play in one program, and are compared on validation data.
       compare: run the baselines too, and report the share of the white-box gain that was recovered.
-      dry_run: show who would hold what, and end; nothing is queried, and written only to an --output-dir.
+      dry_run: show who would hold what and what it would cost, and end; a few queries are timed for that, and files
+        written only to an --output-dir.
       output_dir: a new folder for the results; runs/<task>-<time> if left out.
       json: write the summary as JSON to this file, - for standard output.
       quiet: print nothing but errors.
@@ -183,9 +179,12 @@ def run_command(command: Run) -> int:
     write_prompt(folder, method)
     write_json(folder / "summary.json", summarise(results))
     write_accuracy_figure(folder / "accuracy.png", results)
-    write_prompt_figure(folder / "prompt.png", method)
+    if method.task.image_size:
+        write_prompt_figure(folder / "prompt.png", method)
     console.print(heading(results))
     console.print(sweep_table(results) if is_sweep else summary_table(results))
+    if method.prompt_text is not None:
+        console.print(f"prompt: {method.prompt_text}", markup=False)
     console.print(f"results in {folder}")
     if command.json is not None:
         _write_json_to(command.json, summarise(results))
@@ -193,7 +192,7 @@ def run_command(command: Run) -> int:
 
 
 def _show_partition(command: Run, setup: Setup) -> int:
-    """Prints who holds what, and writes it where a folder is named."""
+    """Prints who holds what and what the run costs, and writes it where a folder is named."""
     parts, labels, names = _who_holds_what(setup)
     waste = 1 - len(labels) / len(setup.clients.examples.labels)  # only of shards, which are as long as the longest
     summary = partition_summary(parts, labels, len(names), waste)
@@ -201,12 +200,14 @@ def _show_partition(command: Run, setup: Setup) -> int:
     console.print(partition_table(parts, labels, names))
     figures = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in summary.items())
     console.print(figures, highlight=False)
+    cost = forecast(setup)
+    console.print(forecast_line(cost), highlight=False)
     if command.output_dir is not None:
         create_folder(command.output_dir)
         write_partition_figure(command.output_dir / "partition.png", parts, labels, names)
         console.print(f"figure in {command.output_dir}")
     if command.json is not None:
-        _write_json_to(command.json, summary)
+        _write_json_to(command.json, summary | {"forecast": cost})
     return 0
 
 

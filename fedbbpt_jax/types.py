@@ -8,12 +8,13 @@ R rounds. An optimizer never calls the black box: it *asks* for candidates, some
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from jax import Array
 
 PyTree = Any
+Metric = Literal["accuracy", "f1", "macro-f1", "matthews"]
 Params = PyTree
 Schedule = Callable[[Array], Array]
 ScalarOrSchedule = float | Array | Schedule
@@ -86,7 +87,6 @@ class Task(NamedTuple):
       clean_test_inputs: the test images `[n, H, W, 3]` without the shift, where one was applied; for pictures only.
       train_clients: whose each example of `train` is, names or numbers `[n]`, where the data say so and were asked.
       metric: what is reported, a name of `training/metrics.py`.
-      vocabulary: token ids, of which discrete prompts are made; for texts only.
     """
 
     name: str
@@ -97,8 +97,7 @@ class Task(NamedTuple):
     test: Examples
     clean_test_inputs: np.ndarray | None = None
     train_clients: np.ndarray | None = None
-    metric: str = "accuracy"
-    vocabulary: tuple[int, ...] = ()
+    metric: Metric = "accuracy"
 
     @property
     def image_size(self) -> int:

@@ -74,7 +74,7 @@ def test_list_for_people(kind, capsys):
 
 def test_list_to_a_file(tmp_path, capsys):
     assert cli.main(["list", "models", "--json", str(tmp_path / "models.json")]) == 0
-    assert [entry["name"] for entry in json.loads((tmp_path / "models.json").read_text())] == ["mini-clip"]
+    assert [entry["name"] for entry in json.loads((tmp_path / "models.json").read_text())] == list(MODELS)
     assert capsys.readouterr().out == ""
 
 
@@ -328,6 +328,7 @@ def test_an_interrupt_before_the_record_counts_the_rounds_that_it_keeps(monkeypa
     assert has_moved == (outcome.summary["num_requests"] > 0)
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_a_later_seed_starts_keeps_the_earlier_ones(tmp_path, monkeypatch, capsys):
     def interrupted_later(experiment, on_row):
         if experiment.seed == 1:
@@ -367,6 +368,7 @@ def test_a_sweep_compares_step_sizes_on_validation_data(tmp_path, capsys):
     }
 
 
+@pytest.mark.slow
 def test_clients_that_are_away_send_nothing(tmp_path):
     """Of 5 clients 3 and then 1 can come."""
     np.save(tmp_path / "trace.npy", np.array([[True] * 3 + [False] * 2, [False] * 4 + [True]]))

@@ -47,13 +47,15 @@ class PromptedClassifier:
           ValueError: prompt and inputs are not of the same clients and examples.
         """
         model: Any = nnx.merge(self.graphdef, self.params)
-        prompts = query.prompt if query.prompt.ndim == 3 + model.prompt_rank(query.prompt) else query.prompt[:, :, None]
+        words = jax.tree.leaves(query.prompt)[0]  # of a prompt in parts the first tells the axes of all
+        per_example = words.ndim == 3 + model.prompt_rank(words)
+        prompts = query.prompt if per_example else jax.tree.map(lambda x: x[:, :, None], query.prompt)
         num_clients, batch = jax.tree.leaves(query.inputs)[0].shape[:2]
-        axes = num_clients, query.prompt.shape[1], batch
-        if prompts.shape[0] != num_clients or prompts.shape[2] not in (1, batch):
+        axes = num_clients, words.shape[1], batch
+        if words.shape[0] != num_clients or (per_example and words.shape[2] not in (1, batch)):
             raise ValueError(
                 f"expected a prompt [C, K, ...] or [C, K, B, ...] for {num_clients} clients and {batch} examples, got "
-                f"{query.prompt.shape}"
+                f"{words.shape}"
             )
 
         def flat(x):  # [C, K, B, ...] -> [C*K*B, ...]
@@ -61,7 +63,7 @@ class PromptedClassifier:
 
         inputs = jax.tree.map(lambda x: flat(jnp.asarray(x)[:, None]), query.inputs)
         with jax.default_matmul_precision("highest" if self.precision == "highest" else "default"):
-            scores = model(flat(prompts), inputs).reshape(*axes, -1)
+            scores = model(jax.tree.map(flat, prompts), inputs).reshape(*axes, -1)
         return Response(scores, jnp.isfinite(scores).all(-1))
 
 
@@ -96,8 +98,8 @@ def masked_lm_classifier(
 ) -> PromptedClassifier:
     """Returns the classifier of texts by which of `label_words` a masked language model puts at the mask.
 
-    Its queries hold prompts as token ids `[C, K, P]` or word embeddings `[C, K, P, E]`, and `MaskedText` inputs
-    `[C, B, T]`; the prompt stands behind the first token.
+    Its queries hold prompts as token ids `[C, K, P]`, word embeddings `[C, K, P, E]` or a `DeepPrompt` of such, and
+    `MaskedText` inputs `[C, B, T]`; the prompt stands behind the first token.
 
     Args:
       model: a loaded RoBERTa.

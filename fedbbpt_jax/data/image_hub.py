@@ -38,6 +38,26 @@ def read_hub(
     Raises:
       TaskError: it cannot be loaded, a column cannot be found, or a label has no name.
     """
+    available = load_hub(hub_id, config, revision)
+    splits = choose_splits(available, wanted, hub_id)
+    used = {name: available[name] for name in used_splits(splits)}
+    features = used[used_splits(splits)[0]].features
+    columns = find_columns(features, columns or Columns(), hub_id)
+    tables = {name: [_table(split, columns, hub_id)] for name, split in used.items()}
+    return label_tables(tables, features[columns.label], columns, (), splits, hub_id)
+
+
+def load_hub(hub_id: str, config: str | None = None, revision: str | None = None) -> dict[str, datasets.Dataset]:
+    """Returns the splits of a data set of the hub by name, `train`, `validation` and `test` for the usual spellings.
+
+    Args:
+      hub_id: such as "timm/eurosat-rgb".
+      config: the name of its configuration, where it has several.
+      revision: a branch, tag or commit.
+
+    Raises:
+      TaskError: it cannot be loaded.
+    """
     try:
         with _quiet():
             loaded: Any = datasets.load_dataset(hub_id, config, revision=revision)
@@ -47,13 +67,7 @@ def read_hub(
             f"cannot load {hub_id!r}: not a folder here, and the hub could not be reached or does not have it "
             f"({reason}); pass a local folder, or fill the cache {HF_CACHE_HOME}"
         ) from error
-    available = {split_name(str(name)): split for name, split in loaded.items()}
-    splits = choose_splits(available, wanted, hub_id)
-    used = {name: available[name] for name in used_splits(splits)}
-    features = used[used_splits(splits)[0]].features
-    columns = find_columns(features, columns or Columns(), hub_id)
-    tables = {name: [_table(split, columns, hub_id)] for name, split in used.items()}
-    return label_tables(tables, features[columns.label], columns, (), splits, hub_id)
+    return {split_name(str(name)): split for name, split in loaded.items()}
 
 
 def _table(split: datasets.Dataset, columns: Columns, hub_id: str) -> ImageTable:

@@ -20,8 +20,8 @@ from fedbbpt_jax.types import Examples, Task
 
 TEST_SHARE = 0.3  # of a source with one split, as CoOp splits such data sets (50 % train, 20 % validation, 30 % test)
 VALIDATION_SHOTS = 4
-_TEST_SEED = 0
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+TEST_SEED = 0
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def load_image_task(
@@ -121,7 +121,7 @@ def read_images(source: str, row: ImageTask, revision: str | None = None) -> Lab
             return read_image_folder(folder, row.splits)
         except OSError as error:
             raise TaskError(f"cannot read {folder}: {error}") from error
-    if folder.exists() or not _HUB_ID.fullmatch(source):
+    if folder.exists() or not HUB_ID.fullmatch(source):
         what = "a file" if folder.exists() else "not here"
         raise TaskError(f"cannot load {source!r}: it is {what}; expected a folder, or the id of a hub data set")
     return read_hub(source, row.config, revision, row.splits, row.columns)
@@ -177,7 +177,7 @@ def draw(
     """
     names, train, validation, test = images.class_names, images.train, images.validation, images.test
     if test is None:
-        held_out = stratified_part(train.labels, TEST_SHARE, _TEST_SEED)
+        held_out = stratified_part(train.labels, TEST_SHARE, TEST_SEED)
         train, test = (train.take(np.flatnonzero(mask)) for mask in (~held_out, held_out))
     num_validation = min(shots, VALIDATION_SHOTS)
     ranks = class_ranks(train.labels, (seed, 0))
@@ -190,7 +190,7 @@ def draw(
         validation = validation.take(np.flatnonzero(class_ranks(validation.labels, (seed, 1)) < num_validation))
     _check_counts(test.labels, 1, "test image", names, source)
     if test_limit is not None:
-        test = test.take(stratified_sample(test.labels, test_limit, _TEST_SEED))
+        test = test.take(stratified_sample(test.labels, test_limit, TEST_SEED))
     return train.take(np.flatnonzero(ranks < shots)), validation, test
 
 

@@ -1,4 +1,4 @@
-"""All tasks by name: digits that ship with the package, images that are downloaded or lie in a folder."""
+"""All tasks by name: digits that ship with the package, images and texts that are downloaded or lie in a folder."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from fedbbpt_jax.data.digit_tasks import DIGIT_TASKS, load_digit_task
 from fedbbpt_jax.data.image_tasks import IMAGE_TASKS, check_templates, load_image_task, name_of
 from fedbbpt_jax.data.images import Transform
+from fedbbpt_jax.data.text_datasets import TEXT_TASKS
 from fedbbpt_jax.errors import TaskError
 from fedbbpt_jax.types import Task
 
 
 def descriptions() -> dict[str, str]:
-    """Returns a line for each task: digits first, then images."""
-    return {name: task.description for name, task in (*DIGIT_TASKS.items(), *IMAGE_TASKS.items())}
+    """Returns a line for each task: digits first, then images, then texts."""
+    tasks = (*DIGIT_TASKS.items(), *IMAGE_TASKS.items(), *TEXT_TASKS.items())
+    return {name: task.description for name, task in tasks}
 
 
 def load_task(
@@ -53,6 +55,10 @@ def load_task(
                 raise TaskError(f"task {name!r} is made of digits that ship with the package: it takes no {option}")
         task = load_digit_task(name, shots=shots, seed=seed)
         return task._replace(templates=check_templates(templates)) if templates else task
+    if name in TEXT_TASKS:
+        raise TaskError(
+            f"task {name!r} is of texts, which become examples with the tokenizer of a model: load_text_task"
+        )
     if name not in IMAGE_TASKS and (data is None or name not in ("", name_of(data))):
         known = descriptions()
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]

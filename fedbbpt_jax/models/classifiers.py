@@ -61,6 +61,18 @@ class MaskedText(NamedTuple):
     attended: Any
 
 
+class DeepPrompt(NamedTuple):
+    """A soft prompt with a part in each layer.
+
+    Attributes:
+      words: word embeddings `[B, P, E]`.
+      layers: `[B, L, P, E]`, added to the states of the P positions before each of the L layers.
+    """
+
+    words: Any
+    layers: Any
+
+
 class VerbalizedClassifier(nnx.Module):
     """A masked language model that scores label words at the mask: all other words are left out of the head."""
 
@@ -72,25 +84,26 @@ class VerbalizedClassifier(nnx.Module):
         self.label_words = nnx.Variable(words[word_ids])
         self.label_bias = nnx.Variable(bias[word_ids])
 
-    def __call__(self, prompts: Array, texts: MaskedText) -> Array:
+    def __call__(self, prompts: Array | DeepPrompt, texts: MaskedText) -> Array:
         """Returns the language model's scores of the label words, float32 `[B, N]`; NaN for a text without a mask.
 
         Args:
-          prompts: token ids `[B, P]`, or word embeddings `[B, P, E]`; they stand behind the first token.
+          prompts: token ids `[B, P]`, word embeddings `[B, P, E]` or a `DeepPrompt`; they stand behind the first token.
           texts: each with one mask, not at the first token.
         """
-        if jnp.issubdtype(prompts.dtype, jnp.integer):
-            prompts = self.trunk.embeddings.word_embeddings(prompts)
-        states = self.trunk(texts.ids, texts.attended, prompts)
+        words, layers = prompts if isinstance(prompts, DeepPrompt) else (prompts, None)
+        if jnp.issubdtype(words.dtype, jnp.integer):
+            words = self.trunk.embeddings.word_embeddings(words)
+        states = self.trunk(texts.ids, texts.attended, words, layers)
         is_mask = texts.ids == self.mask_token_id
-        at_mask = states[jnp.arange(len(states)), jnp.argmax(is_mask, axis=-1) + prompts.shape[1]]
+        at_mask = states[jnp.arange(len(states)), jnp.argmax(is_mask, axis=-1) + words.shape[1]]
         with jax.default_matmul_precision("highest"):
             scores = self.transform(at_mask) @ self.label_words[...].T + self.label_bias[...]
         return jnp.where(is_mask.any(-1, keepdims=True), scores, jnp.nan)
 
     @staticmethod
     def prompt_rank(prompts: Array) -> int:
-        """Returns the number of axes of one prompt."""
+        """Returns the number of axes of one prompt; of its words, where it has parts."""
         return 1 if jnp.issubdtype(prompts.dtype, jnp.integer) else 2
 
 

@@ -61,6 +61,18 @@ class PretrainedText(NamedTuple):
     params: dict[str, Any]
     tokenizer: Any
 
+    @property
+    def fills_masks(self) -> bool:
+        """Whether it is a masked language model, and not an encoder of sentences."""
+        return "lm_head" in self.params
+
+    @property
+    def num_positions(self) -> int:
+        """The most tokens that it takes, those of a prompt included."""
+        network = self.params.get("roberta", self.params)
+        num_rows = len(network["embeddings"]["position_embeddings"]["embedding"])
+        return num_rows - self.tokenizer.pad_token_id - 1 if self.fills_masks else num_rows  # RoBERTa's begin late
+
 
 def load_clip(source: str | Path, revision: str | None = None) -> PretrainedCLIP:
     """Returns a CLIP, its weights in float32.
@@ -118,6 +130,13 @@ def load_bert(source: str | Path, revision: str | None = None) -> PretrainedText
     config = read_config(folder, {"bert": BertConfig})
     tokenizer = _tokenizer(folder)
     return PretrainedText(*read_model(folder, BertEncoder, config, BERT_DIALECT), tokenizer)
+
+
+def load_text_model(source: str | Path, revision: str | None = None) -> PretrainedText:
+    """Returns what `load_roberta` or `load_bert` does, by what the checkpoint says it is; errors as for `load_clip`."""
+    folder = find_checkpoint(source, revision)
+    config = read_config(folder, {"roberta": RobertaConfig, "bert": BertConfig})
+    return load_roberta(folder) if config.model_type == "roberta" else load_bert(folder)
 
 
 def tokenize(tokenizer, texts: Sequence[str], max_length: int | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 import optax
 
+from fedbbpt_jax.data.token_noise import with_replaced_words
 from fedbbpt_jax.estimators.catalogue import find_estimator
 from fedbbpt_jax.estimators.directions import segmented_uniform
+from fedbbpt_jax.estimators.policy_gradient import bdpl, gumbel, leave_one_out, logits, policy_gradient
 from fedbbpt_jax.estimators.spsa import spsa
 from fedbbpt_jax.federated.averaging import (
     is_optimizer_state,
@@ -17,6 +19,7 @@ from fedbbpt_jax.federated.averaging import (
     weighted_mean,
     weighted_mean_of_params,
 )
+from fedbbpt_jax.federated.cma import fedbpt, fedbpt_client, report, report_ratio
 from fedbbpt_jax.federated.participation import (
     Participation,
     read_availability,
@@ -28,12 +31,16 @@ from fedbbpt_jax.federated.participation import (
 )
 from fedbbpt_jax.federated.server_optimizers import SERVER_OPTIMIZERS, with_server_optimizer
 from fedbbpt_jax.objectives import cross_entropy
+from fedbbpt_jax.optimizers.cma_es import cma_es
 from fedbbpt_jax.optimizers.descent import descent, spsa_gc_perturbation_size, spsa_gc_transformation
+from fedbbpt_jax.optimizers.perturbed_loss import with_perturbed_loss
 from fedbbpt_jax.prompts.coordinator import BLACKVIP_CHANNELS, SMALL_CHANNELS, coordinator
 from fedbbpt_jax.prompts.personal import personal
 from fedbbpt_jax.prompts.pixels import frame, full_overlay, low_resolution_overlay
-from fedbbpt_jax.training.experiment import SPSA_GC, Experiment, ResolvedExperiment
-from fedbbpt_jax.types import Estimator, Federation, Method, Optimizer, PromptGenerator, Task
+from fedbbpt_jax.prompts.soft import intrinsic
+from fedbbpt_jax.prompts.tokens import on_simplex, tokens
+from fedbbpt_jax.training.experiment import EVOLUTION, SPSA_GC, ResolvedExperiment
+from fedbbpt_jax.types import Estimator, Federation, Method, Optimizer, PromptGenerator
 
 
 class PromptSizes(NamedTuple):
@@ -43,16 +50,15 @@ class PromptSizes(NamedTuple):
       image_size: H = W of pictures, pixels.
       feature_size: F, the width of what a generator sees of an input.
       vocabulary: token ids, of which a discrete prompt is made.
+      num_tokens: of the model, where words are replaced.
+      special_tokens: those among them that are not.
     """
 
     image_size: int
     feature_size: int
     vocabulary: tuple[int, ...] = ()
-
-
-def prompt_sizes(task: Task) -> PromptSizes:
-    """Returns what a prompt of a task has to fit."""
-    return PromptSizes(task.image_size, task.feature_size, task.vocabulary)
+    num_tokens: int = 0
+    special_tokens: tuple[int, ...] = ()
 
 
 def build_method(experiment: ResolvedExperiment, sizes: PromptSizes) -> Method:
@@ -61,10 +67,13 @@ def build_method(experiment: ResolvedExperiment, sizes: PromptSizes) -> Method:
     if experiment.federation == "personal":
         generator = personal(generator)
     optimizer = build_optimizer(experiment)
-    return Method(generator, cross_entropy, optimizer, build_federation(experiment, optimizer))
+    method = Method(generator, cross_entropy, optimizer, build_federation(experiment, optimizer))
+    if not experiment.text.replaced:
+        return method
+    return method._replace(view=with_replaced_words(experiment.text.replaced, sizes.num_tokens, sizes.special_tokens))
 
 
-def build_generator(experiment: Experiment, sizes: PromptSizes) -> PromptGenerator:
+def build_generator(experiment: ResolvedExperiment, sizes: PromptSizes) -> PromptGenerator:
     """Returns the prompt generator for a task of these sizes."""
     size = sizes.image_size
     match experiment.generator:
@@ -76,22 +85,35 @@ def build_generator(experiment: Experiment, sizes: PromptSizes) -> PromptGenerat
             return frame(size, width=max(1, round(size * 30 / 224)))  # BlackVIP's 30 of 224 pixels
         case "coordinator":
             return coordinator(size, sizes.feature_size, SMALL_CHANNELS if size < 224 else BLACKVIP_CHANNELS)
+        case "soft":
+            return intrinsic(experiment.text.intrinsic_dim)
+        case "tokens":
+            start = {"policy-gradient": None, "policy-gradient-logits": 0.0, "policy-gradient-gumbel": 1.0}
+            return tokens(sizes.vocabulary, experiment.text.prompt_length, start[experiment.estimator])
+        case other:
+            raise ValueError(f"no generator is called {other!r}")
 
 
 def build_optimizer(experiment: ResolvedExperiment) -> Optimizer:
     """Returns the client's optimizer of a resolved experiment."""
     e = experiment
-    num_steps = e.num_rounds * e.local_steps
+    if e.optimizer in EVOLUTION:
+        strategy = cma_es(e.num_directions, e.perturbation_size)
+        strategy = with_perturbed_loss(strategy) if e.text.replaced else strategy
+        return fedbpt_client(strategy) if e.optimizer == "fedbpt" else strategy
     if e.estimator == SPSA_GC:
         return descent(build_estimator(e), spsa_gc_transformation(e.lr))
-    rate = optax.cosine_decay_schedule(e.lr, num_steps, alpha=0.3)
+    rate = optax.cosine_decay_schedule(e.lr, e.num_rounds * e.local_steps, alpha=0.3)
     tx = optax.adam(rate, b2=0.99) if e.optimizer == "adam" else optax.sgd(rate)
-    return descent(build_estimator(e), tx)
+    return descent(build_estimator(e), optax.chain(tx, on_simplex()) if e.estimator == "policy-gradient" else tx)
 
 
 def build_federation(experiment: ResolvedExperiment, optimizer: Optimizer) -> Federation:
     """Returns how the states of clients with this optimizer come together."""
     e = experiment
+    if e.optimizer == "fedbpt":
+        federation = fedbpt(e.num_clients, e.cohort, e.num_directions)
+        return federation._replace(report=report_ratio if e.text.replaced else report)
     match e.federation, e.client_state:
         case "isolated", _:
             return isolated(e.num_clients)
@@ -122,6 +144,13 @@ def build_participation(experiment: ResolvedExperiment) -> Participation:
 def build_estimator(experiment: ResolvedExperiment) -> Estimator:
     """Returns the gradient estimator of a resolved experiment."""
     e = experiment
+    match e.estimator:
+        case "policy-gradient":
+            return bdpl(e.num_directions)
+        case "policy-gradient-logits":
+            return policy_gradient(logits(), e.num_directions, leave_one_out)
+        case "policy-gradient-gumbel":
+            return policy_gradient(gumbel(1.0), e.num_directions, leave_one_out)
     if e.estimator == SPSA_GC:
         return spsa(segmented_uniform(), e.num_directions, spsa_gc_perturbation_size(e.perturbation_size))
     return find_estimator(e.estimator).build(e.num_directions, e.perturbation_size)

@@ -52,7 +52,7 @@ def measure_examples_in_flight(box: BlackBox, method: Method, examples: Examples
     best, most = SIZES[0], 0.0
     for size in SIZES:
         try:
-            rate = size / _seconds(box, method, examples, size)
+            rate = size / seconds_of_answers(box, method, examples, size)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" in str(error):
                 break
@@ -61,6 +61,32 @@ def measure_examples_in_flight(box: BlackBox, method: Method, examples: Examples
             break
         best, most = size, rate
     return best
+
+
+def seconds_of_answers(box: BlackBox, method: Method, examples: Examples, size: int) -> float:
+    """Returns the least seconds of three that the losses of `size` examples under one prompt take.
+
+    Args:
+      box: in this process.
+      method: whose prompts and losses are timed.
+      examples: any; they are repeated.
+      size: examples in flight at once.
+    """
+    batch = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[np.arange(size) % len(x)]), examples)
+
+    @jax.jit
+    def losses(box: BlackBox, batch: Examples):
+        prompt = method.generator.generate(method.generator.init(jax.random.key(0)), batch.features)
+        prompt, inputs, labels = jax.tree.map(lambda x: x[None], (prompt, batch.inputs, batch.labels))
+        return response_losses(method, box(Query(jax.tree.map(lambda x: x[None], prompt), inputs)), labels)
+
+    jax.block_until_ready(losses(box, batch))
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        jax.block_until_ready(losses(box, batch))
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
 
 
 def cache_file() -> Path:
@@ -100,22 +126,3 @@ def _signature(box: BlackBox, examples: Examples) -> str:
     inputs = [(x.shape[1:], str(x.dtype)) for x in jax.tree.leaves(examples)]
     shapes = hashlib.sha256(repr((weights, inputs)).encode()).hexdigest()[:16]
     return f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {shapes}"
-
-
-def _seconds(box: BlackBox, method: Method, examples: Examples, size: int) -> float:
-    """Returns the least seconds of three that the losses of `size` examples under one prompt take."""
-    batch = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[np.arange(size) % len(x)]), examples)
-
-    @jax.jit
-    def losses(box: BlackBox, batch: Examples):
-        prompt = method.generator.generate(method.generator.init(jax.random.key(0)), batch.features)
-        prompt, inputs, labels = jax.tree.map(lambda x: x[None], (prompt, batch.inputs, batch.labels))
-        return response_losses(method, box(Query(jax.tree.map(lambda x: x[None], prompt), inputs)), labels)
-
-    jax.block_until_ready(losses(box, batch))
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        jax.block_until_ready(losses(box, batch))
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)

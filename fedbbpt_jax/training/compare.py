@@ -10,11 +10,12 @@ from typing import NamedTuple
 import jax
 
 from fedbbpt_jax.objectives import cross_entropy
-from fedbbpt_jax.training.build import PromptSizes, build_generator, prompt_sizes
+from fedbbpt_jax.training.build import PromptSizes, build_generator
 from fedbbpt_jax.training.evaluate import compile_evaluation
-from fedbbpt_jax.training.experiment import Experiment, requests_per_round, resolve, without_data
-from fedbbpt_jax.training.load import load_classifier, load_experiment_task
+from fedbbpt_jax.training.experiment import Experiment, ResolvedExperiment
+from fedbbpt_jax.training.load import client_end, load_classifier, load_experiment_task, prompt_sizes
 from fedbbpt_jax.training.prepare import on_device
+from fedbbpt_jax.training.resolve import requests_per_round, resolve, without_data
 from fedbbpt_jax.training.run import Outcome, Row, run
 from fedbbpt_jax.training.white_box import compile_white_box
 
@@ -116,15 +117,15 @@ def run_white_box(experiment: Experiment) -> WhiteBox:
     """Returns the white-box ceiling of an experiment's task, generator and shots."""
     e = resolve(experiment)
     task = load_experiment_task(e)
-    classifier = load_classifier(e, task)
-    generator, tune, evaluate = _programs(without_data(e), prompt_sizes(task))
+    classifier = client_end(e, load_classifier(e, task))
+    generator, tune, evaluate = _programs(without_data(e), prompt_sizes(e, task))
     params = tune(classifier, generator.init(jax.random.key(e.seed)), on_device(task.train))
     model = jax.tree.map(lambda x: x[None], params)
     return WhiteBox(*(float(evaluate(classifier, model, on_device(p)).accuracy) for p in (task.validation, task.test)))
 
 
 @functools.lru_cache(maxsize=4)
-def _programs(e: Experiment, sizes: PromptSizes):
+def _programs(e: ResolvedExperiment, sizes: PromptSizes):
     """Returns the generator, its white-box tuning and its evaluation, the same for every seed."""
     generator = build_generator(e, sizes)
     tune = compile_white_box(generator, cross_entropy, num_steps=WHITE_BOX_STEPS, learning_rate=WHITE_BOX_LR)

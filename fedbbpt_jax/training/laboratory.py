@@ -25,10 +25,11 @@ from fedbbpt_jax.estimators.variance import (
 )
 from fedbbpt_jax.federated.cohort import pack
 from fedbbpt_jax.objectives import cross_entropy
-from fedbbpt_jax.training.build import build_generator, prompt_sizes
-from fedbbpt_jax.training.experiment import Experiment, resolve
+from fedbbpt_jax.training.build import build_generator
+from fedbbpt_jax.training.experiment import Experiment
 from fedbbpt_jax.training.landscape import task_landscape
-from fedbbpt_jax.training.load import load_classifier, load_experiment_task, split_among_clients
+from fedbbpt_jax.training.load import load_classifier, load_experiment_task, prompt_sizes, split_among_clients
+from fedbbpt_jax.training.resolve import resolve
 
 Row = dict[str, Any]
 QUADRATIC = "quadratic"
@@ -195,7 +196,7 @@ def _landscape(study: Study) -> Landscape:
         )
     )
     task = load_experiment_task(e)
-    generator = build_generator(e, prompt_sizes(task))
+    generator = build_generator(e, prompt_sizes(e, task))
     return task_landscape(
         generator,
         cross_entropy,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedbbpt_jax.black_box.frozen import Precision, PromptedClassifier, clip_classifier
+from fedbbpt_jax.black_box.frozen import Precision, clip_classifier
 from fedbbpt_jax.data.client_shifts import shift_clients
 from fedbbpt_jax.data.images import grid_means
 from fedbbpt_jax.data.partition import by_column, client_column, find_partition
@@ -17,8 +17,18 @@ from fedbbpt_jax.models.classifiers import as_float
 from fedbbpt_jax.models.features import vit_features
 from fedbbpt_jax.models.loading import PretrainedCLIP, PretrainedViT, load_clip, load_vit
 from fedbbpt_jax.pretrained import MINI_CLIP
+from fedbbpt_jax.prompts.soft import projected
+from fedbbpt_jax.training.build import PromptSizes
 from fedbbpt_jax.training.experiment import ResolvedExperiment
-from fedbbpt_jax.types import Examples, Task
+from fedbbpt_jax.training.load_texts import (
+    load_encoded_task,
+    load_projection,
+    load_text_classifier,
+    load_vocabulary,
+    token_sizes,
+)
+from fedbbpt_jax.training.resolve import TEXT_GENERATORS
+from fedbbpt_jax.types import BlackBox, Examples, Task
 
 
 def load_experiment_task(e: ResolvedExperiment) -> Task:
@@ -27,6 +37,8 @@ def load_experiment_task(e: ResolvedExperiment) -> Task:
     Raises:
       TaskError, CheckpointError: the data, the model or the encoder cannot be loaded.
     """
+    if e.generator in TEXT_GENERATORS:
+        return load_encoded_task(e)
     column = client_column(e.partition)
     return _task(e.task, e.data, e.templates, e.shots, e.seed, e.test_limit, column, e.model, e.revision, e.encoder)
 
@@ -54,14 +66,33 @@ def split_among_clients(e: ResolvedExperiment, task: Task) -> tuple[Examples, li
     return train._replace(inputs=pictures, features=features), parts
 
 
-def load_classifier(e: ResolvedExperiment, task: Task) -> PromptedClassifier:
+def load_classifier(e: ResolvedExperiment, task: Task) -> BlackBox:
     """Returns the frozen model of an experiment as a differentiable classifier of the task's classes.
 
     Raises:
       CheckpointError: the model cannot be loaded.
-      ValueError: a template has not exactly one `{}`, or a class name is too long for the model.
+      ValueError: a template has not exactly one `{}`, a class name is too long for the model, or classes have no words.
     """
+    if e.generator in TEXT_GENERATORS:
+        return load_text_classifier(e)
     return _classifier(e.model, e.revision, task.class_names, task.templates, e.precision)
+
+
+def client_end(e: ResolvedExperiment, box: BlackBox) -> BlackBox:
+    """Returns what a client's prompts are sent to: the box, behind the projection where prompts are soft ones."""
+    return projected(box, load_projection(e)) if e.generator == "soft" else box
+
+
+def prompt_sizes(e: ResolvedExperiment, task: Task) -> PromptSizes:
+    """Returns what a prompt of an experiment has to fit.
+
+    Raises:
+      TaskError: a discrete prompt has no words.
+    """
+    if e.generator not in TEXT_GENERATORS:
+        return PromptSizes(task.image_size, task.feature_size)
+    vocabulary = load_vocabulary(e) if e.generator == "tokens" else ()
+    return PromptSizes(0, task.feature_size, vocabulary, *token_sizes(e))
 
 
 @functools.lru_cache(maxsize=2)
@@ -92,7 +123,7 @@ def _task(
 @functools.lru_cache(maxsize=4)
 def _classifier(
     model: str, revision: str | None, names: tuple[str, ...], templates: tuple[str, ...], precision: Precision
-) -> PromptedClassifier:
+) -> BlackBox:
     return clip_classifier(_clip(model, revision), names, templates, precision)
 
 

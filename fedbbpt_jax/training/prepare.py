@@ -19,11 +19,18 @@ from fedbbpt_jax.federated.host import host_rounds
 from fedbbpt_jax.federated.mesh import make_mesh, place_clients, replicate
 from fedbbpt_jax.federated.placement import RunRounds, compile_rounds, shard_rounds
 from fedbbpt_jax.federated.streaming import stream_rounds
-from fedbbpt_jax.training.build import PromptSizes, build_method, build_participation, prompt_sizes
+from fedbbpt_jax.training.build import PromptSizes, build_method, build_participation
 from fedbbpt_jax.training.chunk_size import choose_chunk_size
 from fedbbpt_jax.training.evaluate import Evaluation, compile_evaluation
-from fedbbpt_jax.training.experiment import Experiment, ResolvedExperiment, resolve, without_data
-from fedbbpt_jax.training.load import load_classifier, load_experiment_task, split_among_clients
+from fedbbpt_jax.training.experiment import Experiment, ResolvedExperiment
+from fedbbpt_jax.training.load import (
+    client_end,
+    load_classifier,
+    load_experiment_task,
+    prompt_sizes,
+    split_among_clients,
+)
+from fedbbpt_jax.training.resolve import resolve, without_data
 from fedbbpt_jax.types import BlackBox, Examples, Method, Params, PyTree, Task
 
 
@@ -67,7 +74,8 @@ class Setup(NamedTuple):
       experiment: with everything resolved.
       task: its data; `validation` and `test` as device arrays.
       parts: the rows of `task.train` that each client holds.
-      box: the frozen model, behind the wall.
+      bare: the frozen model, behind the wall.
+      box: what a client's prompts are sent to: the model, behind its own projection where prompts are soft ones.
       rounds_box: the same, where the rounds run.
       clients: their private data, where the rounds run.
       programs: the method and what is compiled of it.
@@ -79,6 +87,7 @@ class Setup(NamedTuple):
     experiment: ResolvedExperiment
     task: Task
     parts: list[np.ndarray]
+    bare: BlackBox
     box: BlackBox
     rounds_box: BlackBox
     clients: ClientData
@@ -97,11 +106,12 @@ def prepare(experiment: Experiment) -> Setup:
     e = resolve(experiment)
     task = load_experiment_task(e)
     task = task._replace(validation=on_device(task.validation), test=on_device(task.test))
-    box = query_only(load_classifier(e, task))
+    bare = query_only(load_classifier(e, task))
+    box, sizes = client_end(e, bare), prompt_sizes(e, task)
     if not e.chunk_size:
-        method = build_method(e, prompt_sizes(task))
+        method = build_method(e, sizes)
         e = replace(e, chunk_size=choose_chunk_size(e.model, box, method, task.train, e.batch_size))
-    programs = compiled_programs(without_data(e), prompt_sizes(task))
+    programs = compiled_programs(without_data(e), sizes)
     seen, parts = split_among_clients(e, task)
     rounds_box, clients = _where_rounds_run(e, box, pack(seen, parts, programs.num_shards), programs)
     method = programs.method
@@ -109,7 +119,7 @@ def prepare(experiment: Experiment) -> Setup:
     client = method.optimizer.init(method.generator.init(init_key))
     payload = method.federation.payload_bytes(client)
     server = method.federation.init(client)
-    return Setup(e, task, parts, box, rounds_box, clients, programs, server, payload, key)
+    return Setup(e, task, parts, bare, box, rounds_box, clients, programs, server, payload, key)
 
 
 def _where_rounds_run(

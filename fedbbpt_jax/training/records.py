@@ -79,7 +79,9 @@ def summarise(results: Sequence[SeedResult]) -> dict[str, Any]:
 
 
 def write_prompt(folder: Path, outcome: Outcome) -> None:
-    """Writes `prompt.safetensors`: the generator's parameters and the prompts they make for the first test images."""
+    """Writes `prompt.safetensors`: the generator's parameters and the prompts they make; words also to `prompt.txt`."""
+    if outcome.prompt_text is not None:
+        (folder / "prompt.txt").write_text(outcome.prompt_text + "\n")
     params = traverse_util.flatten_dict({"params": outcome.params})
     tensors = {".".join(map(str, path)): np.array(value, order="C") for path, value in params.items()}
     save_file(

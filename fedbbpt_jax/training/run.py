@@ -9,13 +9,15 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fedbbpt_jax.errors import DeviceMemoryError
 from fedbbpt_jax.federated.mesh import here
 from fedbbpt_jax.federated.round import RoundInfo
-from fedbbpt_jax.training.evaluate import Evaluation
+from fedbbpt_jax.training.evaluate import Evaluation, evaluate_without_prompt
 from fedbbpt_jax.training.experiment import Experiment, ResolvedExperiment
+from fedbbpt_jax.training.load_texts import prompt_words
 from fedbbpt_jax.training.prepare import Setup, prepare
 from fedbbpt_jax.types import Examples, Params, PyTree, Task
 
@@ -31,15 +33,18 @@ class Outcome(NamedTuple):
       experiment: with everything resolved.
       task: its data.
       params: of the prompt generator, `[M, ...]`: one model, or one per client where clients stay apart.
-      prompts: of the first model for the first NUM_SHOWN test images, `[NUM_SHOWN, H, W, 3]`, pixel units.
+      prompts: of the first model: for the first NUM_SHOWN test images, `[NUM_SHOWN, H, W, 3]`, pixel units; for texts
+        the numbers of a soft prompt `[d]`, or the token ids of a discrete one `[P]`.
+      prompt_text: a discrete prompt in words, None of any other.
       rows: one per evaluation, as in `metrics.jsonl`.
       summary: as in `summary.json`.
     """
 
-    experiment: Experiment
+    experiment: ResolvedExperiment
     task: Task
     params: Params
     prompts: np.ndarray
+    prompt_text: str | None
     rows: list[Row]
     summary: Row
 
@@ -59,7 +64,7 @@ def run(experiment: Experiment, on_row: Callable[[Row], None] = lambda row: None
     """
     started = time.perf_counter()
     setup = prepare(experiment)
-    zero_shot = evaluate_on(setup, setup.server, setup.task.test)
+    zero_shot = without_prompt(setup)
     compile_seconds = _compile(setup)
     record = Record(setup, started)
     stopped_by = "rounds" if setup.experiment.num_rounds == experiment.num_rounds else "budget"
@@ -151,6 +156,11 @@ def finish(record: Record, zero_shot: Evaluation, more: Row) -> Outcome:
         "zero_shot_accuracy": float(zero_shot.accuracy),
         "test_accuracy": float(final.accuracy),
         "test_loss": float(final.loss),
+        **(
+            {}
+            if setup.task.metric == "accuracy"
+            else {f"test_{setup.task.metric}": float(final.metric(setup.task.metric))}
+        ),
         "validation_accuracy": rows[-1]["accuracy"],
         **record.counts,
         **dict(zip(("downlink_bytes_per_client", "uplink_bytes_per_client"), setup.payload, strict=True)),
@@ -160,7 +170,9 @@ def finish(record: Record, zero_shot: Evaluation, more: Row) -> Outcome:
         "seed": setup.experiment.seed,
     }
     params = _params(setup, record.server)
-    return Outcome(setup.experiment, setup.task, params, _shown_prompts(setup, params), rows, summary)
+    prompts = _shown_prompts(setup, params)
+    words = prompt_words(setup.experiment, prompts)
+    return Outcome(setup.experiment, setup.task, params, prompts, words, rows, summary)
 
 
 def segments(e: ResolvedExperiment) -> np.ndarray:
@@ -178,6 +190,13 @@ def _compile(setup: Setup) -> float:
     return time.perf_counter() - started
 
 
+def without_prompt(setup: Setup) -> Evaluation:
+    """Returns what the frozen model does on the test part alone: its template, no prompt."""
+    if setup.task.image_size:
+        return evaluate_on(setup, setup.server, setup.task.test)  # a picture's prompt adds nothing at first
+    return evaluate_without_prompt(setup.bare, jnp.zeros((1, 0), jnp.int32), setup.task.test)
+
+
 def evaluate_on(setup: Setup, server: PyTree, examples: Examples) -> Evaluation:
     """Returns the accuracy and loss of a server's prompts on held-out examples."""
     return setup.programs.evaluate(setup.box, _params(setup, server), examples)
@@ -190,7 +209,8 @@ def _params(setup: Setup, server: PyTree) -> Params:
 
 
 def _shown_prompts(setup: Setup, params: Params) -> np.ndarray:
-    """Returns the first model's prompts for the first test images, `[NUM_SHOWN, H, W, 3]`."""
+    """Returns the first model's prompts, for pictures those for the first test images, `[NUM_SHOWN, H, W, 3]`."""
     first = jax.tree.map(lambda x: x[0], params)
     test = jax.tree.map(lambda x: x[:NUM_SHOWN], setup.task.test)
-    return np.broadcast_to(setup.programs.method.generator.generate(first, test.features), test.inputs.shape)
+    prompts = np.asarray(setup.programs.method.generator.generate(first, test.features))
+    return np.broadcast_to(prompts, test.inputs.shape) if setup.task.image_size else prompts

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 from fedbbpt_jax.federated.cohort import ClientData
 from fedbbpt_jax.federated.mesh import RUNS, make_mesh
 from fedbbpt_jax.federated.placement import RunSweep, sweep_rounds
-from fedbbpt_jax.training.build import PromptSizes, build_method, build_participation, prompt_sizes
+from fedbbpt_jax.training.build import PromptSizes, build_method, build_participation
 from fedbbpt_jax.training.compare import SeedResult
-from fedbbpt_jax.training.experiment import Experiment, ResolvedExperiment, without_data
+from fedbbpt_jax.training.experiment import Experiment, ResolvedExperiment
+from fedbbpt_jax.training.load import prompt_sizes
 from fedbbpt_jax.training.prepare import prepare
+from fedbbpt_jax.training.resolve import without_data
 from fedbbpt_jax.training.run import Outcome, Record, Row, advice_on_memory, evaluate_on, finish, segments
 
 
@@ -61,7 +63,7 @@ def run_together(experiments: Sequence[Experiment], on_row: Callable[[int, Row],
         raise ValueError("runs of one program may differ in their seed and step size only")
     if first.experiment.placement != "compile":  # clients in shards, or a box on the host, are laid out otherwise
         raise ValueError(f"runs of one program need placement compile, got {first.experiment.placement}")
-    run_rounds = compiled_sweep(shapes.pop(), len(setups), prompt_sizes(first.task))
+    run_rounds = compiled_sweep(shapes.pop(), len(setups), prompt_sizes(first.experiment, first.task))
     lrs = jnp.asarray([s.experiment.lr for s in setups])
     servers = jax.tree.map(lambda *x: jnp.stack(x), *(s.server for s in setups))
     clients, keys = stack([s.clients for s in setups]), jnp.stack([s.key for s in setups])

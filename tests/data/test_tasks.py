@@ -6,6 +6,7 @@ from fedbbpt_jax.data.digit_tasks import DIGIT_TASKS, load_digit_task
 from fedbbpt_jax.data.image_datasets import IMAGE_TASKS
 from fedbbpt_jax.data.images import center_crop
 from fedbbpt_jax.data.tasks import descriptions, load_task
+from fedbbpt_jax.data.text_datasets import TEXT_TASKS
 from fedbbpt_jax.errors import TaskError
 
 
@@ -17,7 +18,7 @@ def folder(tmp_path):
 
 def test_descriptions_name_digits_first():
     lines = descriptions()
-    assert list(lines) == [*DIGIT_TASKS, *IMAGE_TASKS]
+    assert list(lines) == [*DIGIT_TASKS, *IMAGE_TASKS, *TEXT_TASKS]
     assert all(line and "\n" not in line for line in lines.values())
 
 

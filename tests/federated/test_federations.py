@@ -153,6 +153,7 @@ def on_one_device():
     return servers, jax.jit(partial(play_all, total), compiler_options=QUICKLY)(servers, IDS, WEIGHTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_devices", [1, 2, 4, 8])
 def test_servers_are_the_same_on_any_number_of_devices(on_one_device, num_devices):
     servers, expected = on_one_device
@@ -178,6 +179,7 @@ def test_servers_are_the_same_on_any_number_of_devices(on_one_device, num_device
     jax.tree.map_with_path(check, found, expected, servers)
 
 
+@pytest.mark.slow
 def test_personal_prompts_fit_clients_that_disagree(vectors, key):
     """Each client holds one class only: a shared prompt cannot favour them all."""
     clients = pack(vectors, [np.flatnonzero(vectors.labels == i) for i in range(4)])

@@ -78,6 +78,7 @@ def check_placements(vectors, key, method, who, num_devices):
         check_same(play(run_rounds, method, clients, key), expected)
 
 
+@pytest.mark.slow
 def test_drop_out_and_unequal_weights_on_any_placement(vectors, key):
     check_placements(vectors, key, make_method(weighted_mean()), PARTICIPATIONS["drop-out"], [8])
 
@@ -142,6 +143,7 @@ def spoilt_twice(key, examples):
     return jax.tree.map(lambda *x: jnp.concatenate(x), examples, copy(0), copy(1))
 
 
+@pytest.mark.slow
 def test_reports_and_views_on_any_placement(vectors, key):
     """Losses of the solutions, which here move the parameters; every request is counted."""
 
@@ -169,13 +171,16 @@ def test_a_report_is_of_the_solution_on_the_last_minibatch(vectors, key):
 
 
 class TestStream:
-    @pytest.mark.parametrize("group_size", [1, 4, 10, 64])
+    @pytest.mark.parametrize(
+        "group_size", [4, pytest.param(1, marks=pytest.mark.slow), pytest.param(64, marks=pytest.mark.slow)]
+    )
     def test_groups_change_memory_only(self, vectors, key, group_size):
         method, who = make_method(weighted_mean()), PARTICIPATIONS["drop-out"]
         expected = play(compile_rounds(method, who, **SIZES), method, pack(vectors, PARTS), key, [0, -1, 2])
         streamed = stream_rounds(method, who, **SIZES, group_size=group_size)
         check_same(play(streamed, method, pack(vectors, PARTS), key, [0, -1, 2]), expected)
 
+    @pytest.mark.slow
     def test_examples_may_lie_in_a_file(self, vectors, key, tmp_path):
         """Of a memory map only the minibatches of a few groups are ever read."""
         clients = pack(vectors, PARTS)

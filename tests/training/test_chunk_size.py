@@ -31,7 +31,7 @@ def seconds(monkeypatch, tmp_path):
             raise per_size[size]
         return per_size[size]
 
-    monkeypatch.setattr(chunk_size, "_seconds", pretend)
+    monkeypatch.setattr(chunk_size, "seconds_of_answers", pretend)
     return per_size, timed
 
 
@@ -93,6 +93,6 @@ def test_the_shipped_model_is_known_and_an_option_overrides(seconds):
 
 
 def test_time_is_that_of_a_real_query(vectors):
-    assert 0 < chunk_size._seconds(BOX, METHOD, vectors, size=100) < 10
+    assert 0 < chunk_size.seconds_of_answers(BOX, METHOD, vectors, size=100) < 10
     broken = jax.tree_util.Partial(partial(linear_box))
     assert measure_examples_in_flight(broken, METHOD, vectors) in SIZES

@@ -3,7 +3,8 @@
 import pytest
 
 from fedbbpt_jax.training.compare import variants
-from fedbbpt_jax.training.experiment import Experiment, requests_per_round, resolve
+from fedbbpt_jax.training.experiment import Experiment
+from fedbbpt_jax.training.resolve import requests_per_round, resolve
 
 
 @pytest.mark.parametrize("sizes", [{}, {"num_rounds": 8}, {"partition": "iid", "local_steps": 2, "budget": 10_000}])

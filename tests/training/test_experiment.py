@@ -10,20 +10,15 @@ from fedbbpt_jax.data.images import grid_means
 from fedbbpt_jax.data.partition import dirichlet, iid
 from fedbbpt_jax.estimators.catalogue import ESTIMATORS
 from fedbbpt_jax.training.build import PromptSizes, build_generator, build_method
-from fedbbpt_jax.training.experiment import (
-    GENERATORS,
-    Experiment,
-    estimator_descriptions,
-    requests_per_round,
-    resolve,
-)
+from fedbbpt_jax.training.experiment import GENERATORS, POLICIES, Experiment, estimator_descriptions
 from fedbbpt_jax.training.load import split_among_clients
+from fedbbpt_jax.training.resolve import requests_per_round, resolve
 from fedbbpt_jax.types import Examples, Task
 
 SIZES = {"num_clients": 5, "num_directions": 5, "local_steps": 4, "batch_size": 8}  # 1,600 requests per round
 NAN, INF = float("nan"), float("inf")
 FEATURE_SIZE = 48
-SIZES_OF_PROMPTS = PromptSizes(image_size=32, feature_size=FEATURE_SIZE)
+SIZES_OF_PROMPTS = PromptSizes(image_size=32, feature_size=FEATURE_SIZE, vocabulary=(7, 8, 9))
 
 
 def test_sizes_left_out_are_resolved():
@@ -51,7 +46,10 @@ def test_sizes_follow_the_estimator_and_the_optimizer(choices, expected):
 def test_what_was_asked_for_is_kept():
     sizes = {"shots": 4, "cohort": 2, "num_clients": 3, "num_rounds": 4, "perturbation_size": 0.2, "lr": 0.5}
     asked = Experiment(task="loc", server_lr=0.1, placement="host", seed=6, **sizes)
-    assert asdict(resolve(asked)) == asdict(asked)
+    found = asdict(resolve(asked))
+    left_out = {name for name, value in asdict(asked).items() if value is None and found[name] is not None}
+    assert left_out == {"model", "generator", "client_state", "num_directions"}
+    assert found == asdict(asked) | {name: found[name] for name in left_out}
 
 
 def test_digits_have_four_shots_for_each_of_many_clients():
@@ -89,7 +87,7 @@ def test_requests_per_round_by_hand(estimator, expected):
 
 
 def test_an_experiment_can_name_every_estimator_of_the_catalogue_and_the_published_method():
-    assert set(estimator_descriptions()) == {*ESTIMATORS, "spsa-gc"}
+    assert set(estimator_descriptions()) == {*ESTIMATORS, "spsa-gc", *POLICIES}
 
 
 @pytest.mark.parametrize("estimator", estimator_descriptions())
@@ -162,10 +160,12 @@ def test_bad_values_are_named_with_what_was_received_and_expected(name, value, e
 
 @pytest.mark.parametrize("generator", GENERATORS)
 def test_generators_make_prompts_of_the_size_of_the_images(generator):
-    init, generate = build_generator(Experiment(generator=generator), SIZES_OF_PROMPTS)
+    estimator = "policy-gradient" if generator == "tokens" else "spsa"
+    init, generate = build_generator(resolve(Experiment(generator=generator, estimator=estimator)), SIZES_OF_PROMPTS)
     features = np.zeros((10, FEATURE_SIZE), np.float32)
     prompt = jax.eval_shape(lambda key: generate(init(key), features), jax.random.key(0))
-    assert prompt.shape == ((10, 32, 32, 3) if generator == "coordinator" else (32, 32, 3))
+    others = {"soft": (50,), "tokens": (5,), "coordinator": (10, 32, 32, 3)}
+    assert prompt.shape == others.get(generator, (32, 32, 3))
 
 
 def holding(train, clients=None):

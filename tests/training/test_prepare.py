@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from fedbbpt_jax.errors import DeviceMemoryError
-from fedbbpt_jax.training.experiment import Experiment, resolve
+from fedbbpt_jax.training.experiment import Experiment
 from fedbbpt_jax.training.prepare import prepare
+from fedbbpt_jax.training.resolve import resolve
 from fedbbpt_jax.training.run import advice_on_memory, run
 
 

@@ -11,9 +11,9 @@ from safetensors.numpy import load_file
 
 from fedbbpt_jax.data.tasks import load_task
 from fedbbpt_jax.errors import OutputError
-from fedbbpt_jax.training.build import build_generator, prompt_sizes
+from fedbbpt_jax.training.build import PromptSizes, build_generator
 from fedbbpt_jax.training.compare import SeedResult, WhiteBox
-from fedbbpt_jax.training.experiment import Experiment, resolve
+from fedbbpt_jax.training.experiment import Experiment, TextOptions
 from fedbbpt_jax.training.records import (
     append_row,
     create_folder,
@@ -22,13 +22,14 @@ from fedbbpt_jax.training.records import (
     write_json,
     write_prompt,
 )
+from fedbbpt_jax.training.resolve import resolve
 from fedbbpt_jax.training.run import Outcome
 
 
 def outcome(zero_shot=0.4, accuracy=0.7, seed=0) -> Outcome:
     """An outcome of which only the summary counts."""
     summary = {"zero_shot_accuracy": zero_shot, "test_accuracy": accuracy, "num_requests": 1600, "seed": seed}
-    return Outcome(*[None] * 5, summary)
+    return Outcome(*[None] * 6, summary)
 
 
 def test_new_folder_is_made_with_its_parents(tmp_path):
@@ -83,7 +84,8 @@ def test_experiment_is_rebuilt_from_the_config(tmp_path):
     experiment = resolve(Experiment(cohort=2, templates=("a {}.", "the {}.")))
     write_config(tmp_path, experiment, [0])
     config = json.loads((tmp_path / "config.json").read_text())
-    assert resolve(Experiment(**{name: config[name] for name in asdict(experiment)})) == experiment
+    asked = {name: config[name] for name in asdict(experiment)}
+    assert resolve(Experiment(**asked | {"text": TextOptions(**config["text"])})) == experiment
 
 
 def test_rows_are_appended_as_they_come(tmp_path):
@@ -131,14 +133,14 @@ def test_a_ceiling_that_gains_nothing_has_no_share():
 def test_prompt_file_holds_parameters_that_make_the_prompts(tmp_path, name):
     task = load_task("sensor", shots=1)
     experiment = resolve(Experiment("sensor", generator=name))
-    generator = build_generator(experiment, prompt_sizes(task))
+    generator = build_generator(experiment, PromptSizes(task.image_size, task.feature_size))
     keys = iter(jax.random.split(jax.random.key(0), 20))
     params = generator.init(next(keys))
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), params)
     features = task.test.features[:6]
     prompts = np.broadcast_to(jax.jit(generator.generate)(params, features), (6, 32, 32, 3))
     models = jax.tree.map(lambda x: x[None], params)
-    write_prompt(tmp_path, Outcome(experiment, task, models, prompts, [], {}))
+    write_prompt(tmp_path, Outcome(experiment, task, models, prompts, None, [], {}))
 
     stored = load_file(tmp_path / "prompt.safetensors")
     assert (stored.pop("prompt") == prompts).all()

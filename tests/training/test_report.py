@@ -9,7 +9,7 @@ from rich.console import Console
 
 from fedbbpt_jax.data.tasks import load_task
 from fedbbpt_jax.training.compare import SeedResult, WhiteBox
-from fedbbpt_jax.training.experiment import Experiment, resolve
+from fedbbpt_jax.training.experiment import Experiment
 from fedbbpt_jax.training.report import (
     format_mean,
     mean_and_error,
@@ -17,6 +17,7 @@ from fedbbpt_jax.training.report import (
     write_accuracy_figure,
     write_prompt_figure,
 )
+from fedbbpt_jax.training.resolve import resolve
 from fedbbpt_jax.training.run import NUM_SHOWN, Outcome
 
 
@@ -34,7 +35,7 @@ def make(task):
         summary = {"task": "sensor", "zero_shot_accuracy": 0.4, "test_accuracy": test_accuracy}
         summary |= {"num_requests": 4800, "uplink_bytes": 12_345, "wall_seconds": 6.54, "stopped_by": "budget"}
         images = np.broadcast_to(np.float32(prompts), (NUM_SHOWN, 32, 32, 3))
-        return Outcome(resolve(Experiment()), task, {}, images, rows, summary)
+        return Outcome(resolve(Experiment()), task, {}, images, None, rows, summary)
 
     return make
 
@@ -81,6 +82,7 @@ def test_accuracy_figure_shows_the_accuracies(make, tmp_path):
     assert (first != other).any()
 
 
+@pytest.mark.slow
 def test_accuracy_figure_of_seeds_and_variants(make, tmp_path):
     """The last seed was interrupted and has no second variant; the first two have runs of other lengths."""
     results = [

@@ -1,0 +1,146 @@
+"""The command line on texts: a random RoBERTa and a random BERT from folders, with the real tokenizers and texts."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+from transformers import BertConfig, RobertaConfig
+
+from fedbbpt_jax import cli
+from fedbbpt_jax.models.bert import BERT_DIALECT, BertEncoder
+from fedbbpt_jax.models.checkpoint import write_model
+from fedbbpt_jax.models.roberta import ROBERTA_DIALECT, RobertaForMaskedLM
+
+DATA = Path(os.environ.get("FEDBBPT_DATA", "absent"))
+pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="FEDBBPT_DATA names no folder")
+SMALL = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "num_hidden_layers": 2}
+CLIENTS, STEPS, BATCH, SAMPLES = 2, 3, 2, 4
+SIZES = ["--num-clients", "2", "--local-steps", "3", "--batch-size", "2", "--num-directions", "4", "--partition", "iid"]
+FEW = [*SIZES, "--test-limit", "8", "--shots", "2", "--num-rounds", "2", "--quiet"]
+
+
+def write_random(folder, network, config, dialect, tokenizer):
+    folder.mkdir()
+    params = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.split(network(config, rngs=nnx.Rngs(0)))[1]))
+    rng = np.random.default_rng(0)
+
+    def draw(path, x):
+        return (path[-1].key == "scale") + 0.2 * rng.standard_normal(x.shape, np.float32)
+
+    write_model(folder, jax.tree_util.tree_map_with_path(draw, params), config, dialect, "float16")
+    for file in ("vocab.json", "merges.txt", "vocab.txt"):
+        if (DATA / "tokenizers" / tokenizer / file).is_file():
+            shutil.copy(DATA / "tokenizers" / tokenizer / file, folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def roberta(tmp_path_factory):
+    config = RobertaConfig(**SMALL, vocab_size=50_265, max_position_embeddings=514, type_vocab_size=1)
+    return write_random(
+        tmp_path_factory.mktemp("models") / "roberta", RobertaForMaskedLM, config, ROBERTA_DIALECT, "roberta"
+    )
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    config = BertConfig(**SMALL)
+    return write_random(tmp_path_factory.mktemp("models") / "bert", BertEncoder, config, BERT_DIALECT, "bert")
+
+
+def run(tmp_path, *arguments):
+    folder = tmp_path / "out"
+    assert cli.main(["run", *arguments, *FEW, "--output-dir", str(folder)]) == 0
+    return folder, json.loads((folder / "summary.json").read_text())
+
+
+@pytest.mark.slow
+def test_policy_gradient_on_a_masked_language_model(tmp_path, roberta):
+    """BDPL: 4 samples of 3 words; a policy and two moments travel each way; the words are told as text."""
+    options = ["--prompt-length", "3", "--num-words", "7", "--estimator", "policy-gradient"]
+    folder, summary = run(tmp_path, "sst2", "--model", roberta, *options)
+    assert summary["num_requests"] == summary["num_valid"] == 2 * CLIENTS * STEPS * SAMPLES * BATCH
+    assert summary["num_evaluations"] == 2 * CLIENTS * STEPS * SAMPLES
+    assert summary["uplink_bytes"] == summary["downlink_bytes"] == 2 * CLIENTS * 3 * (3 * 7 * 4)
+    tensors = load_file(folder / "prompt.safetensors")
+    np.testing.assert_allclose(tensors["params"].sum(-1), 1, atol=1e-5)
+    assert tensors["prompt"].shape == (3,)
+    assert (folder / "prompt.txt").read_text().strip()
+    assert not (folder / "prompt.png").exists()
+
+
+@pytest.mark.slow
+def test_fedbpt_on_a_masked_language_model(tmp_path, roberta):
+    """Losses relative to those of spoilt copies; d + 2 numbers up, those of the whole cohort down."""
+    options = ["--optimizer", "fedbpt", "--replaced", "0.5", "--prompt-length", "50", "--intrinsic-dim", "500"]
+    folder, summary = run(tmp_path, "agnews", "--model", roberta, *options)
+    assert summary["num_requests"] == summary["num_valid"] == 2 * CLIENTS * (STEPS * SAMPLES + 1) * BATCH * 2
+    assert summary["num_evaluations"] == 2 * CLIENTS * (STEPS * SAMPLES + 1) * 2
+    assert summary["uplink_bytes"] == 2 * CLIENTS * 502 * 4
+    assert summary["downlink_bytes"] == 2 * CLIENTS * CLIENTS * 502 * 4
+    prompt = load_file(folder / "prompt.safetensors")["prompt"]
+    assert prompt.shape == (500,)
+    assert np.abs(prompt).max() > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", ["label", "sentence"])
+def test_cma_es_on_an_encoder_of_sentences(tmp_path, bert, side):
+    """FedAvg-BBT: the means travel, each client keeps its covariance."""
+    options = ["--optimizer", "cma-es", "--prompt-side", side, "--intrinsic-dim", "10"]
+    _, summary = run(tmp_path, "trec", "--model", bert, *options)
+    assert summary["num_requests"] == 2 * CLIENTS * STEPS * SAMPLES * BATCH
+    assert summary["uplink_bytes"] == summary["downlink_bytes"] == 2 * CLIENTS * 10 * 4
+
+
+@pytest.mark.slow
+def test_a_metric_of_the_papers_is_reported(tmp_path, roberta):
+    _, summary = run(tmp_path, "cola", "--model", roberta, "--intrinsic-dim", "10")
+    assert -1 <= summary["test_matthews"] <= 1
+
+
+@pytest.mark.slow
+def test_a_dry_run_tells_the_cost_first(tmp_path, roberta, capsys):
+    arguments = ["agnews", "--model", roberta, "--estimator", "policy-gradient", "--num-words", "9", "--dry-run"]
+    assert cli.main(["run", *arguments, *SIZES, "--shots", "2", "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    cost = json.loads(out)["forecast"]
+    assert cost["num_requests"] == cost["num_rounds"] * CLIENTS * STEPS * SAMPLES * BATCH <= 64_000
+    assert cost["uplink_bytes"] == cost["num_rounds"] * CLIENTS * 3 * (5 * 9 * 4)
+    assert 0 < cost["seconds"] < 10_000
+    assert f"would cost {cost['num_requests']:,} requests" in err
+
+
+BAD_INPUTS = {
+    "label-word": (["--label-words", " terrible", " greatest-ever"], "' greatest-ever' is "),
+    "number-of-words": (["--label-words", " bad"], "as many label words, got 1"),
+    "long-prompt": (["--prompt-length", "600"], "a prompt of 600 tokens"),
+    "template": (["--templates", "{0} It was."], "and [MASK], each once"),
+    "no-words": (["--estimator", "policy-gradient", "--vocabulary", "empty.txt"], "no words for a prompt"),
+    "no-file": (["--estimator", "policy-gradient", "--vocabulary", "absent.txt"], "no words for a prompt"),
+    "pictures": (["--generator", "frame"], "--generator frame is not for texts"),
+    "words-by-spsa": (["--generator", "tokens"], "goes with --estimator policy-gradient"),
+    "words-by-cma": (["--estimator", "policy-gradient", "--optimizer", "cma-es"], "is not for words"),
+    "replaced": (["--replaced", "1.5"], "--replaced must be in [0, 1]"),
+    "no-column": (["--data", "no-label.csv"], "no-label.csv"),
+    "few": (["--data", "few.csv"], "16 shots"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_INPUTS.values(), ids=BAD_INPUTS)
+def test_bad_input_is_one_line(tmp_path, monkeypatch, roberta, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").touch()
+    Path("no-label.csv").write_text("sentence\nfine\n")
+    Path("few.csv").write_text("sentence,label\n" + "fine,positive\n" * 3 + "bad,negative\n" * 3)
+    assert cli.main(["run", "sst2", "--model", roberta, *arguments, "--quiet"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert message in err
+    assert not Path("runs").exists()
