@@ -5,7 +5,9 @@ losses. A federated round is a pipeline of pure stages with one hole, the evalua
 """
 
 from fedbbpt_jax.black_box.frozen import clip_classifier, masked_lm_classifier, query_only
+from fedbbpt_jax.black_box.sentences import label_classifier, sentence_classifier
 from fedbbpt_jax.data.client_shifts import shift_clients
+from fedbbpt_jax.data.ngrams import candidate_tokens, pmi_ngrams
 from fedbbpt_jax.data.partition import (
     by_column,
     dirichlet,
@@ -16,6 +18,9 @@ from fedbbpt_jax.data.partition import (
     power_law,
 )
 from fedbbpt_jax.data.tasks import load_task
+from fedbbpt_jax.data.text_encoding import encode_masked, encode_sentences, encode_task
+from fedbbpt_jax.data.text_tasks import load_text_task
+from fedbbpt_jax.data.token_noise import with_replaced_words
 from fedbbpt_jax.estimators.catalogue import ESTIMATORS, find_estimator
 from fedbbpt_jax.estimators.directions import (
     Directions,
@@ -55,6 +60,7 @@ from fedbbpt_jax.federated.averaging import (
     weighted_mean,
     weighted_mean_of_params,
 )
+from fedbbpt_jax.federated.cma import fedbpt, fedbpt_client
 from fedbbpt_jax.federated.cohort import ClientData, draw_cohort, pack
 from fedbbpt_jax.federated.host import host_rounds
 from fedbbpt_jax.federated.mesh import make_mesh, place_clients, replicate
@@ -72,13 +78,19 @@ from fedbbpt_jax.federated.server_optimizers import fedadam, fedavgm, fedyogi, w
 from fedbbpt_jax.federated.streaming import stream_rounds
 from fedbbpt_jax.models.features import vit_features
 from fedbbpt_jax.models.loading import load_bert, load_clip, load_roberta, load_vit
+from fedbbpt_jax.models.sentence_classifiers import embed_sentences
 from fedbbpt_jax.objectives import cross_entropy
+from fedbbpt_jax.optimizers.cma_es import cma_es
 from fedbbpt_jax.optimizers.descent import descent, spsa_gc_perturbation_size, spsa_gc_transformation
+from fedbbpt_jax.optimizers.evosax_adapter import from_evosax
+from fedbbpt_jax.optimizers.perturbed_loss import with_perturbed_loss
 from fedbbpt_jax.pretrained import MINI_CLIP
 from fedbbpt_jax.prompts.coordinator import coordinator
 from fedbbpt_jax.prompts.module import from_module
 from fedbbpt_jax.prompts.personal import personal
 from fedbbpt_jax.prompts.pixels import frame, full_overlay, low_resolution_overlay
+from fedbbpt_jax.prompts.soft import draw_projection, intrinsic, projected
+from fedbbpt_jax.prompts.tokens import on_simplex, project_to_simplex, tokens
 from fedbbpt_jax.training.evaluate import compile_evaluation
 from fedbbpt_jax.training.experiment import Experiment
 from fedbbpt_jax.training.run import run

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
+from fedbbpt_jax.data.buckets import plan_buckets, take_bucket
 from fedbbpt_jax.objectives import cross_entropy
 from fedbbpt_jax.training.metrics import METRICS, confusion_matrix
 from fedbbpt_jax.types import BlackBox, Examples, Metric, Objective, Params, PromptGenerator, Query
@@ -71,6 +73,25 @@ def compile_evaluation(
         return Evaluation(loss.mean(), confusion, jnp.asarray(len(loss) * size))
 
     return evaluate
+
+
+def in_buckets(examples: Examples) -> list[Examples]:
+    """Returns the examples in parts: texts of similar length together, without the padding that none of them needs.
+
+    What has no padding is one part.
+    """
+    if not hasattr(examples.inputs, "attended"):
+        return [examples]
+    lengths = np.asarray(examples.inputs.attended).sum(1)
+    return [take_bucket(examples, bucket) for bucket in plan_buckets(lengths)]
+
+
+def together(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """Returns the evaluation of the same models on all parts of some examples."""
+    sizes = np.array([int(e.num_requests) for e in evaluations])
+    shares = jnp.asarray(sizes / sizes.sum(), jnp.float32)
+    loss = (jnp.stack([e.loss for e in evaluations]) * shares).sum()
+    return Evaluation(loss, jnp.stack([e.confusion for e in evaluations]).sum(0), jnp.asarray(sizes.sum()))
 
 
 evaluate_without_prompt = compile_evaluation(

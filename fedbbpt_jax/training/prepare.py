@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from fedbbpt_jax.federated.placement import RunRounds, compile_rounds, shard_rou
 from fedbbpt_jax.federated.streaming import stream_rounds
 from fedbbpt_jax.training.build import PromptSizes, build_method, build_participation
 from fedbbpt_jax.training.chunk_size import choose_chunk_size
-from fedbbpt_jax.training.evaluate import Evaluation, compile_evaluation
+from fedbbpt_jax.training.evaluate import Evaluation, compile_evaluation, in_buckets
 from fedbbpt_jax.training.experiment import Experiment, ResolvedExperiment
 from fedbbpt_jax.training.load import (
     client_end,
@@ -72,7 +72,9 @@ class Setup(NamedTuple):
 
     Attributes:
       experiment: with everything resolved.
-      task: its data; `validation` and `test` as device arrays.
+      task: its data.
+      validation: on the device, texts of similar length together.
+      test: likewise.
       parts: the rows of `task.train` that each client holds.
       bare: the frozen model, behind the wall.
       box: what a client's prompts are sent to: the model, behind its own projection where prompts are soft ones.
@@ -86,6 +88,8 @@ class Setup(NamedTuple):
 
     experiment: ResolvedExperiment
     task: Task
+    validation: list[Examples]
+    test: list[Examples]
     parts: list[np.ndarray]
     bare: BlackBox
     box: BlackBox
@@ -105,7 +109,6 @@ def prepare(experiment: Experiment) -> Setup:
     """
     e = resolve(experiment)
     task = load_experiment_task(e)
-    task = task._replace(validation=on_device(task.validation), test=on_device(task.test))
     bare = query_only(load_classifier(e, task))
     box, sizes = client_end(e, bare), prompt_sizes(e, task)
     if not e.chunk_size:
@@ -119,7 +122,8 @@ def prepare(experiment: Experiment) -> Setup:
     client = method.optimizer.init(method.generator.init(init_key))
     payload = method.federation.payload_bytes(client)
     server = method.federation.init(client)
-    return Setup(e, task, parts, bare, box, rounds_box, clients, programs, server, payload, key)
+    validation, test = (on_device(in_buckets(part)) for part in (task.validation, task.test))
+    return Setup(e, task, validation, test, parts, bare, box, rounds_box, clients, programs, server, payload, key)
 
 
 def _where_rounds_run(
@@ -130,6 +134,6 @@ def _where_rounds_run(
     return replicate(box, programs.mesh), place_clients(clients, programs.mesh)
 
 
-def on_device(examples: Examples) -> Examples:
-    """Returns the examples as device arrays, moved once."""
+def on_device(examples: Any) -> Any:
+    """Returns examples, or several parts of them, as device arrays, moved once."""
     return jax.tree.map(jnp.asarray, examples)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import numpy as np
 from fedbbpt_jax.errors import DeviceMemoryError
 from fedbbpt_jax.federated.mesh import here
 from fedbbpt_jax.federated.round import RoundInfo
-from fedbbpt_jax.training.evaluate import Evaluation, evaluate_without_prompt
+from fedbbpt_jax.training.evaluate import Evaluation, evaluate_without_prompt, together
 from fedbbpt_jax.training.experiment import Experiment, ResolvedExperiment
 from fedbbpt_jax.training.load_texts import prompt_words
 from fedbbpt_jax.training.prepare import Setup, prepare
@@ -121,7 +121,7 @@ class Record:
 
     def add_row(self) -> Row:
         """Returns a new row, evaluated on validation data."""
-        result = evaluate_on(self.setup, self.server, self.setup.task.validation)
+        result = evaluate_on(self.setup, self.server, self.setup.validation)
         self.num_eval_requests += int(result.num_requests)
         figures = {"loss": float(result.loss), "accuracy": float(result.accuracy)}
         seconds = time.perf_counter() - self.started
@@ -150,7 +150,7 @@ def advice_on_memory(e: ResolvedExperiment) -> Iterator[None]:
 def finish(record: Record, zero_shot: Evaluation, more: Row) -> Outcome:
     """Returns the outcome of what was recorded; here the test part is used for the second time, and the last."""
     setup, rows = record.setup, record.rows
-    final = evaluate_on(setup, record.server, setup.task.test)
+    final = evaluate_on(setup, record.server, setup.test)
     summary = {
         "task": setup.experiment.task,
         "zero_shot_accuracy": float(zero_shot.accuracy),
@@ -193,13 +193,15 @@ def _compile(setup: Setup) -> float:
 def without_prompt(setup: Setup) -> Evaluation:
     """Returns what the frozen model does on the test part alone: its template, no prompt."""
     if setup.task.image_size:
-        return evaluate_on(setup, setup.server, setup.task.test)  # a picture's prompt adds nothing at first
-    return evaluate_without_prompt(setup.bare, jnp.zeros((1, 0), jnp.int32), setup.task.test)
+        return evaluate_on(setup, setup.server, setup.test)  # a picture's prompt adds nothing at first
+    nothing = jnp.zeros((1, 0), jnp.int32)
+    return together([evaluate_without_prompt(setup.bare, nothing, part) for part in setup.test])
 
 
-def evaluate_on(setup: Setup, server: PyTree, examples: Examples) -> Evaluation:
+def evaluate_on(setup: Setup, server: PyTree, parts: Sequence[Examples]) -> Evaluation:
     """Returns the accuracy and loss of a server's prompts on held-out examples."""
-    return setup.programs.evaluate(setup.box, _params(setup, server), examples)
+    params = _params(setup, server)
+    return together([setup.programs.evaluate(setup.box, params, part) for part in parts])
 
 
 def _params(setup: Setup, server: PyTree) -> Params:

@@ -19,7 +19,7 @@ from fedbbpt_jax.training.experiment import Experiment, ResolvedExperiment
 from fedbbpt_jax.training.load import prompt_sizes
 from fedbbpt_jax.training.prepare import prepare
 from fedbbpt_jax.training.resolve import without_data
-from fedbbpt_jax.training.run import Outcome, Record, Row, advice_on_memory, evaluate_on, finish, segments
+from fedbbpt_jax.training.run import Outcome, Record, Row, advice_on_memory, finish, segments, without_prompt
 
 
 def run_sweep(
@@ -67,7 +67,7 @@ def run_together(experiments: Sequence[Experiment], on_row: Callable[[int, Row],
     lrs = jnp.asarray([s.experiment.lr for s in setups])
     servers = jax.tree.map(lambda *x: jnp.stack(x), *(s.server for s in setups))
     clients, keys = stack([s.clients for s in setups]), jnp.stack([s.key for s in setups])
-    zero_shot = [evaluate_on(s, s.server, s.task.test) for s in setups]
+    zero_shot = [without_prompt(s) for s in setups]
     records = [Record(s, started) for s in setups]
     stopped_by = "rounds" if first.experiment.num_rounds == experiments[0].num_rounds else "budget"
     try:

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from conftest import linear_box, vector_generator
 
+from fedbbpt_jax.models.sentence_classifiers import EncodedText
 from fedbbpt_jax.objectives import cross_entropy
-from fedbbpt_jax.training.evaluate import compile_evaluation
+from fedbbpt_jax.training.evaluate import compile_evaluation, in_buckets, together
 from fedbbpt_jax.training.white_box import compile_white_box
-from fedbbpt_jax.types import PromptGenerator
+from fedbbpt_jax.types import Examples, PromptGenerator, Response
 
 BOX = jax.tree_util.Partial(linear_box)
 
@@ -40,6 +41,34 @@ def test_prompts_may_depend_on_the_example(vectors):
     evaluate = compile_evaluation(generator, cross_entropy, chunk_size=1)
     assert evaluate(jax.tree_util.Partial(box), jnp.ones(1), told).accuracy == 1
     assert evaluate(jax.tree_util.Partial(box), jnp.zeros(1), told).accuracy < 0.6
+
+
+def test_texts_of_similar_length_together_give_the_same(vectors):
+    """Of 60 texts of 1 to 30 tokens, padded to 32: the parts hold less padding, and every text once."""
+    lengths = np.arange(60) % 30 + 1
+    attended = np.arange(32) < lengths[:, None]
+    ids = np.where(attended, np.random.default_rng(0).integers(1, 9, (60, 32)), 0).astype(np.int32)
+    texts = Examples(EncodedText(ids, attended), np.zeros((60, 0), np.float32), vectors.labels)
+
+    def box(query):
+        means = (query.inputs.ids * query.inputs.attended).sum(-1) / query.inputs.attended.sum(-1)  # [C, B]
+        scores = jnp.sin(means[:, None, :, None] * (1 + jnp.arange(4.0))) + query.prompt[:, :, None]
+        return Response(scores, jnp.isfinite(scores).all(-1))
+
+    evaluate = compile_evaluation(vector_generator(4), cross_entropy, chunk_size=7)
+    params = {"shift": jnp.array([[0.0, 0, 0, 0], [0.3, 0, -0.2, 0]])}
+    whole = evaluate(jax.tree_util.Partial(box), params, texts)
+    parts = in_buckets(texts)
+    assert sum(part.inputs.ids.size for part in parts) < 0.7 * ids.size
+    found = together([evaluate(jax.tree_util.Partial(box), params, part) for part in parts])
+    np.testing.assert_array_equal(found.confusion, whole.confusion)
+    assert found.loss == pytest.approx(float(whole.loss), abs=1e-6)
+    assert (found.num_requests, found.accuracy) == (whole.num_requests, whole.accuracy)
+
+
+def test_vectors_are_one_part(vectors):
+    (part,) = in_buckets(vectors)
+    assert part is vectors
 
 
 def test_white_box_finds_the_minimum_that_scipy_finds(vectors, key):
