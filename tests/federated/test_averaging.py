@@ -79,6 +79,7 @@ class TestIsolated:
         for untouched in (0, 1, 3):  # client 0 was padding
             np.testing.assert_array_equal(after["x"][untouched], server["x"][untouched])
 
+    @pytest.mark.slow
     def test_states_arrive_bit_by_bit(self, states):
         """As if each were put in its place; sums of numbers would lose the sign of zero."""
         odd = jnp.array([-0.0, jnp.nan, -jnp.inf, 1e-42])

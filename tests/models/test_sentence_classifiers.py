@@ -53,7 +53,7 @@ def of_each_client(x):
     return jax.tree.map(lambda leaf: np.stack([leaf] * CLIENTS), x)
 
 
-@pytest.fixture(params=["ids", "embeddings"])
+@pytest.fixture(params=["ids", pytest.param("embeddings", marks=pytest.mark.slow)])
 def prompts(request, model):
     return jnp.asarray(PROMPTS) if request.param == "ids" else soft(model, PROMPTS)
 
@@ -75,6 +75,7 @@ def test_a_prompt_in_the_class_texts(model, texts, prompts):
     assert response.valid.all()
 
 
+@pytest.mark.slow
 def test_without_a_prompt_the_sides_agree(model, texts):
     empty = jnp.zeros((1, 1, 0), jnp.int32)
     one = jax.tree.map(lambda x: x[None], (texts, embed_sentences(model, texts)))
@@ -83,6 +84,7 @@ def test_without_a_prompt_the_sides_agree(model, texts):
     np.testing.assert_allclose(left, right, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_rounds_may_batch_over_queries(model, texts, prompts):
     """The compiled round asks about one client and candidate at a time and maps over them."""
     box, sentences = label_classifier(model, CLASSES), of_each_client(embed_sentences(model, texts))

@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import pytest
+from conftest import linear_box, vector_generator
 
 from fedbbpt_jax.federated.averaging import weighted_mean
 from fedbbpt_jax.objectives import cross_entropy
@@ -13,7 +14,6 @@ from fedbbpt_jax.training.chunk_size import DEFAULT, SIZES, cache_file, choose_c
 from fedbbpt_jax.training.experiment import Experiment
 from fedbbpt_jax.training.prepare import prepare
 from fedbbpt_jax.types import Method
-from tests.conftest import linear_box, vector_generator
 
 BOX = jax.tree_util.Partial(linear_box)
 METHOD = Method(vector_generator(4), cross_entropy, None, weighted_mean())
