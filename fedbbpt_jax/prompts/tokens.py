@@ -97,6 +97,23 @@ def project_to_simplex(vectors: Array) -> Array:
     return jnp.maximum(vectors - jnp.take_along_axis(thresholds, last, axis=-1), 0.0)
 
 
+def at_least(floor: float) -> optax.GradientTransformation:
+    """Returns the last link of a chain of optax that keeps every parameter at `floor` or above: α has a logarithm.
+
+    Example:
+      >>> tx = optax.chain(optax.sgd(1.0), at_least(0.5))
+      >>> params = jnp.array([1.0, 1.0])
+      >>> updates, _ = tx.update(jnp.array([2.0, 0.25]), tx.init(params), params)
+      >>> optax.apply_updates(params, updates)
+      Array([0.5 , 0.75], dtype=float32)
+    """
+
+    def move(update: Array, params: Array) -> Array:
+        return jnp.maximum(update, floor - params)
+
+    return optax.stateless(lambda updates, params: jax.tree.map(move, updates, params))
+
+
 def on_simplex() -> optax.GradientTransformation:
     """Returns the last link of a chain of optax: whatever came before, each row of the parameters is projected.
 

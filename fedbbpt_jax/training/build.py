@@ -38,7 +38,7 @@ from fedbbpt_jax.prompts.coordinator import BLACKVIP_CHANNELS, SMALL_CHANNELS, c
 from fedbbpt_jax.prompts.personal import personal
 from fedbbpt_jax.prompts.pixels import frame, full_overlay, low_resolution_overlay
 from fedbbpt_jax.prompts.soft import intrinsic
-from fedbbpt_jax.prompts.tokens import on_simplex, tokens
+from fedbbpt_jax.prompts.tokens import at_least, on_simplex, tokens
 from fedbbpt_jax.training.experiment import EVOLUTION, SPSA_GC, ResolvedExperiment
 from fedbbpt_jax.types import Estimator, Federation, Method, Optimizer, PromptGenerator
 
@@ -105,7 +105,8 @@ def build_optimizer(experiment: ResolvedExperiment) -> Optimizer:
         return descent(build_estimator(e), spsa_gc_transformation(e.lr))
     rate = optax.cosine_decay_schedule(e.lr, e.num_rounds * e.local_steps, alpha=0.3)
     tx = optax.adam(rate, b2=0.99) if e.optimizer == "adam" else optax.sgd(rate)
-    return descent(build_estimator(e), optax.chain(tx, on_simplex()) if e.estimator == "policy-gradient" else tx)
+    bounds = {"policy-gradient": on_simplex(), "policy-gradient-gumbel": at_least(1e-3)}
+    return descent(build_estimator(e), optax.chain(tx, bounds[e.estimator]) if e.estimator in bounds else tx)
 
 
 def build_federation(experiment: ResolvedExperiment, optimizer: Optimizer) -> Federation:

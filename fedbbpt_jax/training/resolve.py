@@ -38,7 +38,6 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
     requests = requests_per_round(e)
     if e.budget < requests:
         raise ValueError(f"--budget must pay for one round of {requests} requests, got {e.budget}")
-    published = e.estimator == SPSA_GC
     few = 16 if e.task not in DIGIT_TASKS else max(16, -(-4 * e.num_clients // 10))
     return replace(
         e,
@@ -49,8 +48,8 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
         cohort=e.cohort or e.num_clients,
         placement=_placement(e),
         num_rounds=min(e.num_rounds or e.budget, e.budget // requests),
-        perturbation_size=e.perturbation_size or (1.0 if e.optimizer in EVOLUTION else 0.01 if published else 0.05),
-        lr=e.lr or (0.01 if published else 0.03 if e.optimizer == "adam" else 0.02),
+        perturbation_size=e.perturbation_size or _default_perturbation_size(e),
+        lr=e.lr or _default_lr(e),
     )
 
 
@@ -107,6 +106,20 @@ def _default_generator(e: Experiment) -> str:
     if not is_of_texts(e):
         return "low-resolution"
     return "tokens" if e.estimator in POLICIES else "soft"
+
+
+def _default_perturbation_size(e: ResolvedExperiment) -> float:
+    if e.optimizer in EVOLUTION:
+        return 1.0
+    return 0.1 if e.generator == "soft" else 0.01 if e.estimator == SPSA_GC else 0.05
+
+
+def _default_lr(e: ResolvedExperiment) -> float:
+    if e.estimator in ("policy-gradient", SPSA_GC):
+        return 0.003 if e.estimator == "policy-gradient" else 0.01
+    if e.generator in TEXT_GENERATORS:
+        return 0.1
+    return 0.03 if e.optimizer == "adam" else 0.02
 
 
 def _check_numbers(e: Experiment) -> None:

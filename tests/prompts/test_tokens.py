@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from fedbbpt_jax.data.ngrams import candidate_tokens
-from fedbbpt_jax.estimators.policy_gradient import bdpl, logits
+from fedbbpt_jax.estimators.policy_gradient import bdpl, gumbel, leave_one_out, logits, policy_gradient
 from fedbbpt_jax.optimizers.descent import descent
-from fedbbpt_jax.prompts.tokens import on_simplex, project_to_simplex, prompt_text, tokens
+from fedbbpt_jax.prompts.tokens import at_least, on_simplex, project_to_simplex, prompt_text, tokens
 
 VOCABULARY = np.array([318, 257, 922, 40, 77], np.int32)
 project = jax.jit(project_to_simplex)
@@ -159,3 +159,19 @@ def test_logits_need_no_simplex(key):
     estimator, generator = logits(), tokens(VOCABULARY, 2, start=0.0)
     chances = jnp.exp(estimator.log_probabilities(generator.init(key)))
     np.testing.assert_allclose(chances, np.full((2, 5), 0.2), rtol=1e-6)
+
+
+def test_gumbels_parameters_stay_above_their_floor(key):
+    """Long steps against a word would take its parameter below zero, where there is no logarithm."""
+    optimizer = descent(policy_gradient(gumbel(1.0), 8, leave_one_out), optax.chain(optax.adam(0.5), at_least(1e-3)))
+    state = optimizer.init(jnp.ones((2, 4)))
+
+    def step(state, key):
+        words = jax.vmap(lambda k: optimizer.ask(key, state, k))(jnp.arange(8))
+        losses = (words == 0).sum(1, keepdims=True).astype(jnp.float32)
+        return optimizer.tell(key, state, losses, jnp.ones((8, 1), bool))[0], state.params.min()
+
+    state, lowest = jax.lax.scan(step, state, jax.random.split(key, 40))
+    assert lowest.min() == pytest.approx(1e-3, rel=1e-4)  # p + (floor - p) rounds
+    assert jnp.isfinite(state.params).all()
+    assert (jnp.argmax(state.params, axis=1) != 0).all()
