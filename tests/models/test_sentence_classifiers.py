@@ -58,6 +58,7 @@ def prompts(request, model):
     return jnp.asarray(PROMPTS) if request.param == "ids" else soft(model, PROMPTS)
 
 
+@pytest.mark.slow
 def test_a_prompt_in_the_sentences(model, texts, prompts):
     response = jax.jit(sentence_classifier(model, CLASSES).__call__)(Query(prompts, of_each_client(texts)))
     sentences = embeddings(model, TEXTS, PROMPTS.reshape(-1, POSITIONS))

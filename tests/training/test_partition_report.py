@@ -141,7 +141,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = ("61 clients, 2 classes", "10,000 clients", "1,000 classes")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CASES]
+)
 def test_figure_shows_the_split(case, tmp_path):
     split, num_classes = CASES[case]
     labels = np.arange(30_000) % num_classes
