@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -25,6 +26,8 @@ SHIPPED = {("mini-clip", "cpu"): 64}
 DEFAULT = 64
 """Where nothing can be remembered: all runs of a sweep, and all processes, must agree."""
 SIZES = tuple(4**i for i in range(1, 7))
+LONG = 0.5
+"""Seconds of a chunk, from which on larger ones are not tried: nothing that waits for them is worth the measurement."""
 
 
 def choose_chunk_size(model: str, box: BlackBox, method: Method, examples: Examples, batch_size: int) -> int:
@@ -48,23 +51,28 @@ def choose_chunk_size(model: str, box: BlackBox, method: Method, examples: Examp
 
 
 def measure_examples_in_flight(box: BlackBox, method: Method, examples: Examples) -> int:
-    """Returns the size of `SIZES` up to which each gives at least 5 % more answers per second than the one before."""
+    """Returns the size of `SIZES` up to which each gives at least 5 % more answers per second than the one before.
+
+    What follows a size that takes `LONG` is not tried.
+    """
     best, most = SIZES[0], 0.0
     for size in SIZES:
         try:
-            rate = size / seconds_of_answers(box, method, examples, size)
+            seconds = seconds_of_answers(box, method, examples, size)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" in str(error):
                 break
             raise
-        if rate < 1.05 * most:
+        if size / seconds < 1.05 * most:
             break
-        best, most = size, rate
+        best, most = size, size / seconds
+        if seconds > LONG:
+            break
     return best
 
 
 def seconds_of_answers(box: BlackBox, method: Method, examples: Examples, size: int) -> float:
-    """Returns the least seconds of three that the losses of `size` examples under one prompt take.
+    """Returns the least seconds, of three turns unless one takes `LONG`, of the losses of `size` examples.
 
     Args:
       box: in this process.
@@ -81,12 +89,14 @@ def seconds_of_answers(box: BlackBox, method: Method, examples: Examples, size: 
         return response_losses(method, box(Query(jax.tree.map(lambda x: x[None], prompt), inputs)), labels)
 
     jax.block_until_ready(losses(box, batch))
-    seconds = []
+    least = math.inf
     for _ in range(3):
         started = time.perf_counter()
         jax.block_until_ready(losses(box, batch))
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+        least = min(least, time.perf_counter() - started)
+        if least > LONG:
+            break
+    return least
 
 
 def cache_file() -> Path:

@@ -23,7 +23,7 @@ METHOD = Method(vector_generator(4), cross_entropy, None, weighted_mean())
 def seconds(monkeypatch, tmp_path):
     """Pretended seconds for each size; the sizes that were timed are noted."""
     monkeypatch.setenv("FEDBBPT_CACHE", str(tmp_path / "cache"))
-    timed, per_size = [], {size: float(size) for size in SIZES}
+    timed, per_size = [], {size: size * 1e-3 for size in SIZES}
 
     def pretend(box, method, examples, size):
         timed.append(size)
@@ -49,12 +49,19 @@ def choose(vectors, model="a model of one's own", batch_size=4):
     ],
 )
 def test_sizes_grow_while_that_pays(seconds, vectors, rates, best):
-    seconds[0].update({size: size / rate for size, rate in zip(SIZES, rates, strict=True)})
+    seconds[0].update({size: 1e-5 * size / rate for size, rate in zip(SIZES, rates, strict=True)})
     assert measure_examples_in_flight(BOX, METHOD, vectors) == best
 
 
+def test_what_takes_long_is_not_tried_larger(seconds, vectors):
+    """A large model on a CPU: the next size would take seconds for nothing."""
+    seconds[0].update({4: 0.3, 16: 0.6, 64: 0.7})
+    assert measure_examples_in_flight(BOX, METHOD, vectors) == 16
+    assert seconds[1] == [4, 16]
+
+
 def test_sizes_that_do_not_fit_are_not_chosen(seconds, vectors):
-    seconds[0].update({16: 1.0, 64: jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no memory")})
+    seconds[0].update({16: 1e-3, 64: jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no memory")})
     assert measure_examples_in_flight(BOX, METHOD, vectors) == 16
     seconds[0][64] = jax.errors.JaxRuntimeError("INTERNAL: something else")
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
@@ -63,7 +70,7 @@ def test_sizes_that_do_not_fit_are_not_chosen(seconds, vectors):
 
 def test_a_model_is_timed_once(seconds, vectors):
     per_size, timed = seconds
-    per_size.update({16: 1.0})
+    per_size.update({16: 1e-3})
     assert [choose(vectors), choose(vectors, batch_size=8), choose(vectors, batch_size=100)] == [4, 2, 1]
     assert timed == [4, 16, 64]
     choose(vectors._replace(inputs=vectors.inputs[:, :3]))
