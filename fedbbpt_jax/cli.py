@@ -31,7 +31,7 @@ from fedbbpt_jax.training.prepare import Setup, prepare
 from fedbbpt_jax.training.processes import Processes, connected, speaks
 from fedbbpt_jax.training.records import append_row, create_folder, summarise, write_config, write_json, write_prompt
 from fedbbpt_jax.training.report import heading, summary_table, sweep_table, write_accuracy_figure, write_prompt_figure
-from fedbbpt_jax.training.resolve import requests_per_round, resolve
+from fedbbpt_jax.training.resolve import is_of_texts, requests_per_round, resolve
 from fedbbpt_jax.training.run import Row
 from fedbbpt_jax.training.sweep import run_sweep
 
@@ -297,6 +297,8 @@ def _parse_lrs(command: Run) -> list[float | None]:
         lrs = []
     if not lrs or len(set(lrs)) < len(lrs):
         raise ValueError(f"--lr must be a number, or a list such as 0.003,0.01, got {command.lr!r}")
+    if len(lrs) > 1 and is_of_texts(command.experiment):
+        raise ValueError(f"several step sizes are one program with one box, which texts are not, got --lr {command.lr}")
     if len(lrs) > 1 and command.compare:
         raise ValueError(f"--compare is of one step size, got --lr {command.lr}")
     if len(lrs) > 1 and (command.experiment.placement not in ("auto", "compile") or command.processes != Processes()):

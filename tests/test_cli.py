@@ -207,6 +207,7 @@ BAD_INPUTS = {
     "lr-twice": (["--lr", "0.1,0.1"], "--lr must be a number, or a list"),
     "lr-negative": (["--lr", "0.1,-1"], "--lr must be positive and finite, got -1.0"),
     "lr-host": (["--lr", "0.1,0.2", "--placement", "host"], "several step sizes are one program of one process"),
+    "lr-texts": (["agnews", "--lr", "0.1,0.2"], "several step sizes are one program with one box"),
     "lr-compared": (["--lr", "0.1,0.2", "--compare"], "--compare is of one step size, got --lr 0.1,0.2"),
     "cohort-6": (["--cohort", "6"], "--cohort must be at most --num-clients 5, got 6"),
     "budget-10": (["--budget", "10"], "--budget must pay for one round of "),
