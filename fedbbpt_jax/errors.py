@@ -23,3 +23,23 @@ class ProcessError(FedBBPTError):
 
 class DeviceMemoryError(FedBBPTError):
     """A device has too little memory for what was asked of it at once."""
+
+
+class ResponseFormatError(FedBBPTError):
+    """What came over the wire is not what the protocol says: too short, of another shape, or no numbers."""
+
+
+class QueryFailedError(FedBBPTError):
+    """A served model cannot be asked: it refuses, is not there, or is not the one that is needed."""
+
+
+class BudgetExceededError(FedBBPTError):
+    """The budget does not pay for the next query; it was not sent."""
+
+
+class ModelDriftError(FedBBPTError):
+    """A served model has changed during a run: its answers cannot be compared any more."""
+
+
+class JournalError(FedBBPTError):
+    """A journal of queries is damaged, or is of another run."""
