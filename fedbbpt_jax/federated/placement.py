@@ -116,7 +116,10 @@ def shard_rounds(
 
     Every device draws the same cohort and plays those of its clients that are in it, at most as many as it holds; the
     free places are of weight 0 and are not asked. Sums over clients are sums over devices too, so that unequal weights
-    come out right; the server's state is the same everywhere, which JAX's replication check proves.
+    come out right: a weighted mean is the ratio of two `jax.lax.psum`s. `jax.lax.pmean` of the devices' own means is
+    that number only where all devices play clients of the same weight in all, which a program cannot know beforehand,
+    since cohorts, drop-out and sizes are data. The server's state is the same everywhere, which JAX's replication
+    check proves.
 
     Args:
       method: as for `compile_rounds`, and so are the sizes.

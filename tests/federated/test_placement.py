@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import linear_box, vector_generator
+from jax.sharding import PartitionSpec
 
 from fedbbpt_jax.estimators.catalogue import ESTIMATORS
 from fedbbpt_jax.estimators.directions import rademacher
@@ -13,7 +14,7 @@ from fedbbpt_jax.estimators.spsa import spsa
 from fedbbpt_jax.federated.averaging import isolated, weighted_mean
 from fedbbpt_jax.federated.cohort import draw_cohort, pack
 from fedbbpt_jax.federated.host import host_rounds
-from fedbbpt_jax.federated.mesh import make_mesh, place_clients, replicate
+from fedbbpt_jax.federated.mesh import CLIENTS, make_mesh, place_clients, replicate
 from fedbbpt_jax.federated.participation import (
     uniform_cohort,
     weighted_cohort,
@@ -33,6 +34,7 @@ PARTICIPATIONS = {
     "everyone": uniform_cohort(10),
     "six": uniform_cohort(6),
     "one": uniform_cohort(1),
+    "all-equal": with_equal_weights(uniform_cohort(10)),
     "by-size": weighted_cohort(5),
     "equal-weights": with_equal_weights(uniform_cohort(7)),
     "drop-out": with_dropout(uniform_cohort(10), 0.4),
@@ -87,6 +89,25 @@ def test_drop_out_and_unequal_weights_on_any_placement(vectors, key):
 @pytest.mark.parametrize(("federation", "num_devices"), [("fedavg", [1, 2, 4, 8]), ("isolated", [4])])
 def test_any_number_of_devices_gives_the_same(vectors, key, federation, num_devices):
     check_placements(vectors, key, make_method(FEDERATIONS[federation]), PARTICIPATIONS["drop-out"], num_devices)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_devices", "is_same"), [(5, True), (4, False)])
+def test_pmean_is_right_for_devices_of_equal_weight_only(vectors, key, num_devices, is_same):
+    who, axis = PARTICIPATIONS["all-equal"], CLIENTS
+    run_rounds, clients = sharded(make_method(weighted_mean()), who, vectors, num_devices)
+    (ours,) = jax.tree.leaves(play(run_rounds, make_method(weighted_mean()), clients, key, rounds=[0])[0].params)
+    apart = make_method(isolated(10))  # ten clients after the same round, before anything is averaged
+    played = play(compile_rounds(apart, who, **SIZES), apart, pack(vectors, PARTS), key, rounds=[0])
+    (single,), held = jax.tree.leaves(played[0].params), -(-10 // num_devices)
+    by_device = [single[i : i + held].mean(0) for i in range(0, 10, held)]
+    mean = jax.shard_map(
+        lambda x: jax.lax.pmean(x, axis),
+        mesh=make_mesh(num_devices),
+        in_specs=PartitionSpec(axis),
+        out_specs=PartitionSpec(),
+    )
+    assert np.allclose(ours, mean(np.stack(by_device))[0], atol=1e-6) == is_same
 
 
 @pytest.mark.slow
