@@ -100,6 +100,34 @@ def test_cma_es_on_an_encoder_of_sentences(tmp_path, bert):
 
 
 @pytest.mark.slow
+def test_a_prompt_in_each_layer(tmp_path, roberta):
+    """BBTv2: six steps of two layers in turn; parameters of all layers travel, the layers' searches stay."""
+    options = ["--generator", "deep", "--optimizer", "cma-es", "--prompt-length", "4", "--intrinsic-dim", "10"]
+    folder, summary = run(tmp_path, "sst2", "--model", roberta, *options)
+    assert summary["num_requests"] == 2 * CLIENTS * STEPS * SAMPLES * BATCH
+    assert summary["uplink_bytes"] == summary["downlink_bytes"] == 2 * CLIENTS * 2 * 10 * 4
+    prompt = load_file(folder / "prompt.safetensors")["prompt"]
+    assert prompt.shape == (2, 10)
+    assert (np.abs(prompt).max(1) > 0).all()
+
+
+@pytest.mark.slow
+def test_a_table_of_ones_own(tmp_path, bert):
+    """A csv without named parts: they are drawn; its labels name the classes."""
+    words = ["fine", "lovely", "great", "bad", "poor", "awful"]
+    rows = [
+        f"a {a} and {b} {c} film,{'good' if i < 3 else 'bad'}"
+        for i, a in enumerate(words)
+        for b in words
+        for c in words
+    ]
+    (tmp_path / "mine.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    _, summary = run(tmp_path, "--data", str(tmp_path / "mine.csv"), "--model", bert, "--intrinsic-dim", "10")
+    assert summary["task"].startswith("mine")
+    assert summary["num_requests"] == 2 * CLIENTS * STEPS * 2 * SAMPLES * BATCH  # both sides of 4 directions
+
+
+@pytest.mark.slow
 def test_a_dry_run_tells_the_cost_first(tmp_path, roberta, capsys):
     arguments = ["agnews", "--model", roberta, "--estimator", "policy-gradient", "--num-words", "9", "--dry-run"]
     assert cli.main(["run", *arguments, *SIZES, "--shots", "2", "--json", "-"]) == 0
@@ -122,9 +150,15 @@ BAD_INPUTS = {
     "words-by-spsa": (["--generator", "tokens"], "goes with --estimator policy-gradient"),
     "words-by-cma": (["--estimator", "policy-gradient", "--optimizer", "cma-es"], "is not for words"),
     "replaced": (["--replaced", "1.5"], "--replaced must be in [0, 1]"),
+    "deep-fedbpt": (["--generator", "deep", "--optimizer", "fedbpt"], "got --generator deep"),
     "no-column": (["--data", "no-label.csv"], "no-label.csv"),
     "few": (["--data", "few.csv"], "16 shots"),
 }
+
+
+def test_an_encoder_has_no_prompt_in_each_layer(bert, capsys):
+    assert cli.main(["run", "sst2", "--model", bert, "--generator", "deep", "--quiet"]) == 2
+    assert "--generator deep is for masked language models" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD_INPUTS.values(), ids=BAD_INPUTS)

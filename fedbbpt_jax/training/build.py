@@ -33,6 +33,7 @@ from fedbbpt_jax.federated.server_optimizers import SERVER_OPTIMIZERS, with_serv
 from fedbbpt_jax.objectives import cross_entropy
 from fedbbpt_jax.optimizers.cma_es import cma_es
 from fedbbpt_jax.optimizers.descent import descent, spsa_gc_perturbation_size, spsa_gc_transformation
+from fedbbpt_jax.optimizers.layers import layer_by_layer
 from fedbbpt_jax.optimizers.perturbed_loss import with_perturbed_loss
 from fedbbpt_jax.prompts.coordinator import BLACKVIP_CHANNELS, SMALL_CHANNELS, coordinator
 from fedbbpt_jax.prompts.personal import personal
@@ -52,6 +53,7 @@ class PromptSizes(NamedTuple):
       vocabulary: token ids, of which a discrete prompt is made.
       num_tokens: of the model, where words are replaced.
       special_tokens: those among them that are not.
+      num_layers: L, of the model, where each has a prompt.
     """
 
     image_size: int
@@ -59,6 +61,7 @@ class PromptSizes(NamedTuple):
     vocabulary: tuple[int, ...] = ()
     num_tokens: int = 0
     special_tokens: tuple[int, ...] = ()
+    num_layers: int = 0
 
 
 def build_method(experiment: ResolvedExperiment, sizes: PromptSizes) -> Method:
@@ -87,6 +90,8 @@ def build_generator(experiment: ResolvedExperiment, sizes: PromptSizes) -> Promp
             return coordinator(size, sizes.feature_size, SMALL_CHANNELS if size < 224 else BLACKVIP_CHANNELS)
         case "soft":
             return intrinsic(experiment.text.intrinsic_dim)
+        case "deep":
+            return intrinsic(sizes.num_layers, experiment.text.intrinsic_dim)
         case "tokens":
             start = {"policy-gradient": None, "policy-gradient-logits": 0.0, "policy-gradient-gumbel": 1.0}
             return tokens(sizes.vocabulary, experiment.text.prompt_length, start[experiment.estimator])
@@ -100,6 +105,8 @@ def build_optimizer(experiment: ResolvedExperiment) -> Optimizer:
     if e.optimizer in EVOLUTION:
         strategy = cma_es(e.num_directions, e.perturbation_size)
         strategy = with_perturbed_loss(strategy) if e.text.replaced else strategy
+        if e.generator == "deep":
+            return layer_by_layer(strategy)
         return fedbpt_client(strategy) if e.optimizer == "fedbpt" else strategy
     if e.estimator == SPSA_GC:
         return descent(build_estimator(e), spsa_gc_transformation(e.lr))

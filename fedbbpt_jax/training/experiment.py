@@ -21,6 +21,7 @@ GENERATORS = {
     "frame": "a free border of 30/224 of the width: 1,344 parameters at 32 pixels, 69,840 at 224",
     "coordinator": "a prompt per image, decoded from its features (--encoder) and a trigger: BlackVIP's 9,920 at 224",
     "soft": "for texts: word embeddings Az + p0 of few numbers z (--intrinsic-dim), as in BBT (the default)",
+    "deep": "for texts, of masked language models: a soft prompt in each layer, as in BBTv2; cma-es tunes one by one",
     "tokens": "for texts: words out of a vocabulary (--num-words), as in BDPL; with --estimator policy-gradient",
 }
 
@@ -51,7 +52,7 @@ class TextOptions:
       label_words: a word for each class at the mask, or what sentences are compared with; by task if left out.
       prompt_side: where the prompt of a sentence encoder stands: in the class texts (label), or in the sentences.
       prompt_length: P, tokens.
-      intrinsic_dim: d, the numbers of a soft prompt.
+      intrinsic_dim: d, the numbers of a soft prompt, or of one layer's.
       num_words: N, the vocabulary of a discrete prompt.
       vocabulary: a file of words, one per line; the PMI n-grams of the shots if left out.
       replaced: share of words replaced in the copies that losses are relative to, FedBPT's r_p; 0 without copies.
@@ -119,7 +120,7 @@ class Experiment:
     test_limit: int | None = None
     model: str | None = None
     revision: str | None = None
-    generator: Literal["low-resolution", "full", "frame", "coordinator", "soft", "tokens"] | None = None
+    generator: Literal["low-resolution", "full", "frame", "coordinator", "soft", "deep", "tokens"] | None = None
     encoder: str | None = None
     num_clients: int = 5
     cohort: int | None = None

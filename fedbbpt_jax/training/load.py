@@ -25,9 +25,10 @@ from fedbbpt_jax.training.load_texts import (
     load_projection,
     load_text_classifier,
     load_vocabulary,
+    num_layers,
     token_sizes,
 )
-from fedbbpt_jax.training.resolve import TEXT_GENERATORS
+from fedbbpt_jax.training.resolve import SOFT_GENERATORS, TEXT_GENERATORS
 from fedbbpt_jax.types import BlackBox, Examples, Task
 
 
@@ -80,7 +81,7 @@ def load_classifier(e: ResolvedExperiment, task: Task) -> BlackBox:
 
 def client_end(e: ResolvedExperiment, box: BlackBox) -> BlackBox:
     """Returns what a client's prompts are sent to: the box, behind the projection where prompts are soft ones."""
-    return projected(box, load_projection(e)) if e.generator == "soft" else box
+    return projected(box, load_projection(e)) if e.generator in SOFT_GENERATORS else box
 
 
 def prompt_sizes(e: ResolvedExperiment, task: Task) -> PromptSizes:
@@ -92,7 +93,7 @@ def prompt_sizes(e: ResolvedExperiment, task: Task) -> PromptSizes:
     if e.generator not in TEXT_GENERATORS:
         return PromptSizes(task.image_size, task.feature_size)
     vocabulary = load_vocabulary(e) if e.generator == "tokens" else ()
-    return PromptSizes(0, task.feature_size, vocabulary, *token_sizes(e))
+    return PromptSizes(0, task.feature_size, vocabulary, *token_sizes(e), num_layers(e))
 
 
 @functools.lru_cache(maxsize=2)

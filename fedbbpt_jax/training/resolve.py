@@ -15,7 +15,8 @@ from fedbbpt_jax.data.text_datasets import TEXT_TASKS
 from fedbbpt_jax.estimators.catalogue import find_estimator
 from fedbbpt_jax.training.experiment import EVOLUTION, POLICIES, SPSA_GC, Experiment, ResolvedExperiment
 
-TEXT_GENERATORS, TEXT_FILES = ("soft", "tokens"), (".csv", ".tsv", ".jsonl")
+SOFT_GENERATORS, TEXT_FILES = ("soft", "deep"), (".csv", ".tsv", ".jsonl")
+TEXT_GENERATORS = (*SOFT_GENERATORS, "tokens")
 
 
 def resolve(experiment: Experiment) -> ResolvedExperiment:
@@ -111,7 +112,7 @@ def _default_generator(e: Experiment) -> str:
 def _default_perturbation_size(e: ResolvedExperiment) -> float:
     if e.optimizer in EVOLUTION:
         return 1.0
-    return 0.1 if e.generator == "soft" else 0.01 if e.estimator == SPSA_GC else 0.05
+    return 0.1 if e.generator in SOFT_GENERATORS else 0.01 if e.estimator == SPSA_GC else 0.05
 
 
 def _default_lr(e: ResolvedExperiment) -> float:
@@ -160,6 +161,8 @@ def _check_choices(e: ResolvedExperiment) -> None:
         raise ValueError(
             f"--generator tokens goes with --estimator {' or '.join(POLICIES)}, got {e.generator} and {e.estimator}"
         )
+    if e.optimizer == "fedbpt" and e.generator == "deep":
+        raise ValueError("--optimizer fedbpt is of one search, not one in each layer, got --generator deep: cma-es")
     if e.optimizer in EVOLUTION and e.generator == "tokens":
         raise ValueError(f"--optimizer {e.optimizer} is not for words, got --generator tokens")
     if e.optimizer == "cma-es" and e.client_state == "averaged":

@@ -7,7 +7,6 @@ from conftest import linear_box, vector_generator
 from fedbbpt_jax.models.sentence_classifiers import EncodedText
 from fedbbpt_jax.objectives import cross_entropy
 from fedbbpt_jax.training.evaluate import compile_evaluation, in_buckets, together
-from fedbbpt_jax.training.white_box import compile_white_box
 from fedbbpt_jax.types import Examples, PromptGenerator, Response
 
 BOX = jax.tree_util.Partial(linear_box)
@@ -69,19 +68,3 @@ def test_texts_of_similar_length_together_give_the_same(vectors):
 def test_vectors_are_one_part(vectors):
     (part,) = in_buckets(vectors)
     assert part is vectors
-
-
-def test_white_box_finds_the_minimum_that_scipy_finds(vectors, key):
-    from scipy.optimize import minimize
-
-    def loss(shift):
-        moved = vectors.inputs.astype("d") + shift
-        scores = moved + 0.3 * np.sin(moved)
-        return np.mean(np.log(np.exp(scores).sum(1)) - scores[np.arange(60), vectors.labels])
-
-    best = minimize(loss, np.zeros(4)).fun
-    generator = vector_generator(4)
-    tune = compile_white_box(generator, cross_entropy, num_steps=400, learning_rate=0.1)
-    params = tune(BOX, generator.init(key), vectors)
-    assert loss(np.zeros(4)) > best + 0.3
-    assert loss(np.asarray(params["shift"], "d")) == pytest.approx(best, abs=1e-3)
