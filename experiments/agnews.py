@@ -15,8 +15,8 @@ from dataclasses import replace
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from fedbbpt_jax.training.compare import run_white_box
-from fedbbpt_jax.training.experiment import Experiment
+from fedbbpt_jax.training.compare import run_federated_white_box, run_white_box
+from fedbbpt_jax.training.experiment import Experiment, TextOptions
 from fedbbpt_jax.training.load import load_experiment_task
 from fedbbpt_jax.training.report import format_mean
 from fedbbpt_jax.training.resolve import resolve
@@ -67,16 +67,23 @@ def report(label: str, experiment: Experiment, seeds: range = SEEDS) -> None:
 
 
 def baselines() -> None:
-    """A linear probe of the embeddings, and a soft prompt by autodiff through the model."""
-    probes, ceilings = [], []
+    """Wordings by hand, a linear probe, soft prompts by autodiff through the model, words of one party that has all."""
+    for wording in ("{}", "{} news", "an article about {}", "this text is about {}"):
+        texts = tuple(wording.format(name) for name in ("world", "sports", "business", "technology"))
+        e = replace(BASE, num_rounds=1, text=TextOptions(label_words=texts))
+        print(f"by hand, {wording!r}: test {100 * run(e).summary['zero_shot_accuracy']:.1f} %", flush=True)
+    probes = []
     for seed in SEEDS:
-        e = replace(BASE, seed=seed)
-        task = load_experiment_task(resolve(e))
+        task = load_experiment_task(resolve(replace(BASE, seed=seed)))
         probe = LogisticRegression(max_iter=2000).fit(np.asarray(task.train.inputs), task.train.labels)
         probes.append(probe.score(np.asarray(task.test.inputs), task.test.labels))
-        ceilings.append(run_white_box(e).test_accuracy)
-    print(f"linear probe: test {format_mean(probes)} %")
-    print(f"white-box soft prompt: test {format_mean(ceilings)} %", flush=True)
+    print(f"linear probe: test {format_mean(probes)} %", flush=True)
+    for name, tune in (("white box", run_white_box), ("white box, federated", run_federated_white_box)):
+        print(
+            f"{name}: test {format_mean([tune(replace(BASE, seed=seed)).test_accuracy for seed in SEEDS])} %",
+            flush=True,
+        )
+    report("five words, centralised", replace(WORDS, num_clients=1, num_directions=100), seeds=SEEDS[:3])
 
 
 if __name__ == "__main__":
