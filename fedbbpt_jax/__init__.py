@@ -83,6 +83,7 @@ from fedbbpt_jax.objectives import cross_entropy
 from fedbbpt_jax.optimizers.cma_es import cma_es
 from fedbbpt_jax.optimizers.descent import descent, spsa_gc_perturbation_size, spsa_gc_transformation
 from fedbbpt_jax.optimizers.evosax_adapter import from_evosax
+from fedbbpt_jax.optimizers.layer_by_layer import layer_by_layer
 from fedbbpt_jax.optimizers.perturbed_loss import with_perturbed_loss
 from fedbbpt_jax.pretrained import MINI_CLIP
 from fedbbpt_jax.prompts.coordinator import coordinator

@@ -33,7 +33,7 @@ from fedbbpt_jax.federated.server_optimizers import SERVER_OPTIMIZERS, with_serv
 from fedbbpt_jax.objectives import cross_entropy
 from fedbbpt_jax.optimizers.cma_es import cma_es
 from fedbbpt_jax.optimizers.descent import descent, spsa_gc_perturbation_size, spsa_gc_transformation
-from fedbbpt_jax.optimizers.layers import layer_by_layer
+from fedbbpt_jax.optimizers.layer_by_layer import layer_by_layer
 from fedbbpt_jax.optimizers.perturbed_loss import with_perturbed_loss
 from fedbbpt_jax.prompts.coordinator import BLACKVIP_CHANNELS, SMALL_CHANNELS, coordinator
 from fedbbpt_jax.prompts.personal import personal

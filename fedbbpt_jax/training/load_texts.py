@@ -53,7 +53,7 @@ def load_encoded_task(e: ResolvedExperiment) -> Task:
             return encode_masked(examples, texts.template, model.tokenizer, room)
         if e.text.prompt_side == "sentence":
             return encode_sentences(examples, model.tokenizer, min(room, SENTENCE_TOKENS))
-        return _embeddings(e.model, e.revision, tuple(examples))
+        return embed_texts(e, tuple(examples))
 
     return encode_task(texts, encode)
 
@@ -199,9 +199,13 @@ def _first_texts(task: Task) -> Any:
     return jax.tree.map(lambda x: x[:NUM_FIRST_TEXTS], task.train.inputs)
 
 
+def embed_texts(e: ResolvedExperiment, examples: tuple[Texts, ...]) -> np.ndarray:
+    """Returns unit embeddings by an experiment's encoder, float32 `[n, E]`; texts of similar length go together."""
+    return _embeddings(e.model, e.revision, examples)
+
+
 @functools.lru_cache(maxsize=8)  # the test part is the same for all seeds
 def _embeddings(model: str, revision: str | None, examples: tuple[Texts, ...]) -> np.ndarray:
-    """Returns unit embeddings of texts, float32 `[n, E]`, computed for texts of similar length together."""
     frozen = text_model(model, revision)
     encoded = encode_sentences(examples, frozen.tokenizer, SENTENCE_TOKENS)
     found = np.zeros((len(examples), word_embeddings(frozen).shape[1]), np.float32)

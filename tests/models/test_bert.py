@@ -30,6 +30,8 @@ from fedbbpt_jax.models.bert import BertEncoder
 from fedbbpt_jax.models.layers import ACTIVATIONS
 from fedbbpt_jax.models.loading import load_bert, tokenize
 
+pytestmark = pytest.mark.parity
+
 PAD, CLS, SEP, NUM_WORDS = 0, 2, 3, len(WORDPIECE_VOCABULARY)
 NUM_TEXTS, LENGTH, WIDTH = 6, 9, RANDOM["hidden_size"]
 

@@ -120,6 +120,7 @@ def test_every_stored_type_is_read_as_float32(clip, read, dtype, tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol), params, clip.params)
 
 
+@pytest.mark.parity
 def test_transformers_reads_what_is_written(clip, tmp_path):
     transformers, torch = torch_models(), pytest.importorskip("torch")
     write(tmp_path, clip.params, "float32")
@@ -164,6 +165,7 @@ def test_position_buffers_of_older_checkpoints_are_ignored(folder, clip, read):
     assert equal(read(folder), clip.params)
 
 
+@pytest.mark.parity
 def test_what_a_tied_head_repeats_is_ignored(tmp_path):
     """Older RoBERTa files hold the word embeddings twice, a pooler and the positions."""
     transformers = torch_models()
@@ -220,6 +222,7 @@ def test_the_conversion_command_holds_no_code_of_the_checkpoint(read, folder, ar
     assert re.fullmatch(r"from transformers import \w+ as M; M\.from_pretrained\(.*\)\.save_pretrained\(.*\)", command)
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(
     ("network", "load", "write_files"),
     [("CLIPModel", load_clip, write_clip_files), ("RobertaForMaskedLM", load_roberta, write_bpe),
@@ -268,6 +271,7 @@ def test_shards_are_read_together(folder, clip, read):
     assert equal(read(folder), clip.params)
 
 
+@pytest.mark.parity
 def test_shards_of_transformers_are_read(tmp_path):
     transformers = torch_models()
     config = transformers.ViTConfig(**RANDOM, image_size=16, patch_size=8)

@@ -28,6 +28,8 @@ from fedbbpt_jax.models.loading import load_clip, tokenize
 from fedbbpt_jax.pretrained import MINI_CLIP
 from fedbbpt_jax.types import Query
 
+pytestmark = pytest.mark.parity
+
 OTHER_EOS = {2: 5, 5: 2}  # 2 is the historical rule, the largest id of the text; 5 is a token of its own
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CONTEXT = np.array([7, 6, 8, 6], np.int32)  # words that stand before each text where it is prompted

@@ -30,6 +30,8 @@ from fedbbpt_jax.models.layers import ACTIVATIONS
 from fedbbpt_jax.models.loading import load_roberta
 from fedbbpt_jax.types import Query
 
+pytestmark = pytest.mark.parity
+
 BOS, PAD, EOS, MASK, NUM_WORDS = 0, 1, 2, BPE_VOCABULARY.index("<mask>"), len(BPE_VOCABULARY)
 NUM_TEXTS, LENGTH, NUM_PROMPT, WIDTH = 6, 9, 4, RANDOM["hidden_size"]
 

@@ -24,6 +24,8 @@ from fedbbpt_jax.models.layers import ACTIVATIONS
 from fedbbpt_jax.models.loading import load_vit
 from fedbbpt_jax.models.vit_mae import ViTEncoder
 
+pytestmark = pytest.mark.parity
+
 PATCH, IMAGE = 8, 16
 IMAGES = np.random.default_rng(0).normal(size=(5, IMAGE, IMAGE, 3)).astype(np.float32)
 # A decoder of another width than the encoder: none of its tensors could be taken for one of the encoder's.

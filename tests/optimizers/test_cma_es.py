@@ -148,6 +148,7 @@ def test_a_hand_worked_step():
 
 
 @pytest.mark.slow
+@pytest.mark.parity
 def test_equals_evosax(key):
     algorithms = pytest.importorskip("evosax.algorithms")
     theirs = algorithms.CMA_ES(population_size=K, solution=jnp.zeros(DIM))
@@ -171,6 +172,7 @@ def test_equals_evosax(key):
             np.testing.assert_allclose(getattr(ours, our), getattr(their_state, their), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parity
 def test_equals_pycma(key):
     """But the step size, for which pycma has another rule: it is given ours."""
     purecma = pytest.importorskip("cma.more_algorithms.purecma")

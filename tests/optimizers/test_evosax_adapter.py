@@ -6,6 +6,7 @@ import pytest
 from fedbbpt_jax.optimizers.evosax_adapter import from_evosax
 
 algorithms = pytest.importorskip("evosax.algorithms")
+pytestmark = pytest.mark.parity
 START = {"a": jnp.zeros((2, 2)), "b": jnp.full(2, 3.0)}
 
 

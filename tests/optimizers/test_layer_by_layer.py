@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedbbpt_jax.optimizers.cma_es import cma_es
-from fedbbpt_jax.optimizers.layers import layer_by_layer
+from fedbbpt_jax.optimizers.layer_by_layer import layer_by_layer
 
 L, D, K = 3, 4, 6
 TARGET = jnp.linspace(-1, 1, L * D).reshape(L, D)
