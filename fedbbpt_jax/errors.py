@@ -9,6 +9,10 @@ class CheckpointError(FedBBPTError):
     """A folder does not hold the weights that a network needs, or they cannot be read."""
 
 
+class CorruptCheckpointError(CheckpointError):
+    """What a run had saved was changed since, or is of another run."""
+
+
 class TaskError(FedBBPTError):
     """A task is unknown, or its data cannot give what was asked for."""
 
