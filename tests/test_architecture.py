@@ -17,6 +17,7 @@ LAYERS = [
     {"optimizers", "black_box"},
     {"federated"},
     {"training"},
+    {"commands"},
     {"cli"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

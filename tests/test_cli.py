@@ -19,12 +19,13 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from fedbbpt_jax import cli
+from fedbbpt_jax.commands import run as run_file
 from fedbbpt_jax.data.tasks import descriptions, load_task
 from fedbbpt_jax.pretrained import MINI_CLIP
 from fedbbpt_jax.training.experiment import GENERATORS, MODELS, Experiment, estimator_descriptions
 from fedbbpt_jax.training.run import run
 
-FILES = {"config.json", "metrics.jsonl", "summary.json", "prompt.safetensors"} | {
+FILES = {"config.json", "checkpoints", "metrics.jsonl", "summary.json", "prompt.safetensors"} | {
     f"{name}.png" for name in ("accuracy", "partition", "prompt")
 }
 # 5 clients · 10 candidates · 4 steps · 8 examples are 1,600 requests per round.
@@ -299,8 +300,8 @@ def test_an_interrupt_between_rounds_keeps_what_was_reached(tmp_path, monkeypatc
         if row["round"] == 1:
             raise KeyboardInterrupt
 
-    write = cli.append_row
-    monkeypatch.setattr(cli, "append_row", append_row)
+    write = run_file.append_row
+    monkeypatch.setattr(run_file, "append_row", append_row)
     assert cli.main(["run", *TINY, "--output-dir", str(tmp_path)]) == 130
     assert {file.name for file in tmp_path.iterdir()} == FILES
     summary = summary_of(tmp_path)
@@ -322,7 +323,7 @@ def test_an_interrupt_before_the_record_counts_the_rounds_that_it_keeps(monkeypa
             raise interrupts.pop()
         return time.perf_counter()
 
-    monkeypatch.setattr("fedbbpt_jax.training.run.time", SimpleNamespace(perf_counter=perf_counter))
+    monkeypatch.setattr("fedbbpt_jax.training.progress.time", SimpleNamespace(perf_counter=perf_counter))
     outcome = run(Experiment(budget=3200, batch_size=8, eval_every=1), rows.append)
     assert outcome.summary["stopped_by"] == "interrupted"
     has_moved = any(leaf.any() for leaf in jax.tree.leaves(outcome.params))
@@ -331,10 +332,10 @@ def test_an_interrupt_before_the_record_counts_the_rounds_that_it_keeps(monkeypa
 
 @pytest.mark.slow
 def test_an_interrupt_while_a_later_seed_starts_keeps_the_earlier_ones(tmp_path, monkeypatch, capsys):
-    def interrupted_later(experiment, on_row):
+    def interrupted_later(experiment, on_row, checkpoints):
         if experiment.seed == 1:
             raise KeyboardInterrupt
-        return run(experiment, on_row)
+        return run(experiment, on_row, checkpoints)
 
     monkeypatch.setattr("fedbbpt_jax.training.compare.run", interrupted_later)
     assert cli.main(["run", *TINY, "--seeds", "0..2", "--output-dir", str(tmp_path)]) == 130

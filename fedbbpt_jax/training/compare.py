@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -22,8 +23,9 @@ from fedbbpt_jax.training.load import (
     split_among_clients,
 )
 from fedbbpt_jax.training.prepare import on_device
+from fedbbpt_jax.training.progress import Row
 from fedbbpt_jax.training.resolve import is_of_texts, requests_per_round, resolve, without_data
-from fedbbpt_jax.training.run import Outcome, Row, run
+from fedbbpt_jax.training.run import Outcome, run
 from fedbbpt_jax.training.white_box import compile_federated_white_box, compile_white_box
 from fedbbpt_jax.types import PromptGenerator, Task
 
@@ -116,13 +118,18 @@ def _text_baselines(e: ResolvedExperiment, federated: Experiment) -> tuple[Exper
 
 
 def run_seeds(
-    experiments: Mapping[int, Mapping[str, Experiment]], on_row: Callable[[str, Row], None], *, white_box: bool
+    experiments: Mapping[int, Mapping[str, Experiment]],
+    on_row: Callable[[str, Row], None],
+    checkpoints: Path | None = None,
+    *,
+    white_box: bool,
 ) -> tuple[list[SeedResult], bool]:
     """Returns the result of each seed, and whether an interrupt ended them: what was reached until then is kept.
 
     Args:
       experiments: by seed and label; the first label is the method itself.
       on_row: called with a label and each row of its metrics.
+      checkpoints: a folder in which each run has one of its own (`run`).
       white_box: whether to find the ceiling of each seed too.
 
     Raises:
@@ -131,10 +138,11 @@ def run_seeds(
     results: list[SeedResult] = []
     outcomes: dict[str, Outcome] = {}
     try:
-        for variants_of_seed in experiments.values():
+        for seed, variants_of_seed in experiments.items():
             outcomes = {}
-            for label, experiment in variants_of_seed.items():
-                outcomes[label] = run(experiment, functools.partial(on_row, label))
+            for number, (label, experiment) in enumerate(variants_of_seed.items()):
+                own = None if checkpoints is None else checkpoints / f"seed-{seed}" / f"run-{number}"
+                outcomes[label] = run(experiment, functools.partial(on_row, label), own)
                 if outcomes[label].summary["stopped_by"] == "interrupted":
                     raise KeyboardInterrupt
             ceiling = run_white_box(next(iter(variants_of_seed.values()))) if white_box else None

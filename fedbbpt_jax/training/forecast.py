@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from fedbbpt_jax.training.chunk_size import seconds_of_answers
 from fedbbpt_jax.training.prepare import Setup
+from fedbbpt_jax.training.progress import Row
 from fedbbpt_jax.training.resolve import requests_per_round
-from fedbbpt_jax.training.run import Row
 
 
 def forecast(setup: Setup) -> Row:

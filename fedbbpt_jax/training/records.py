@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -17,9 +17,11 @@ from safetensors.numpy import save_file
 
 from fedbbpt_jax.errors import OutputError
 from fedbbpt_jax.training.compare import SeedResult, recovered_share
-from fedbbpt_jax.training.experiment import Experiment
-from fedbbpt_jax.training.run import Outcome, Row
+from fedbbpt_jax.training.experiment import Experiment, TextOptions
+from fedbbpt_jax.training.progress import Row
+from fedbbpt_jax.training.run import Outcome
 
+METRICS = "metrics.jsonl"
 _PACKAGES = ("fedbbpt_jax", "jax", "jaxlib", "flax", "optax", "transformers", "numpy", "scikit-learn")
 
 
@@ -40,21 +42,49 @@ def create_folder(folder: Path) -> None:
         raise OutputError(f"cannot write to {folder}: {error.strerror}") from error
 
 
-def write_config(folder: Path, experiment: Experiment, seeds: Sequence[int]) -> None:
-    """Writes `config.json`: the resolved experiment of the first seed, all seeds, versions and device."""
+def write_config(folder: Path, experiment: Experiment, seeds: Sequence[int], asked: Mapping[str, Any]) -> None:
+    """Writes `config.json`: the resolved experiment of the first seed, all seeds, versions, device, and what was asked.
+
+    Args:
+      folder: of the run.
+      experiment: resolved.
+      seeds: of all runs.
+      asked: the experiment as a dict and whatever else a resumed run has to be told again.
+    """
     device = jax.devices()[0]
     content = {
         **asdict(experiment),
         "seeds": list(seeds),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
+        "asked": asked,
     }
     write_json(folder / "config.json", content)
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """Returns what was asked of the run in a folder, its experiment as such, with the chunk size that was measured.
+
+    Raises:
+      OutputError: the folder holds no run, or its `config.json` is not as it was written.
+    """
+    try:
+        content = json.loads((folder / "config.json").read_text())
+        asked = content["asked"]
+        text = asked["experiment"].pop("text")
+        options = TextOptions(**text | {"label_words": tuple(text["label_words"])})
+        given = asked["experiment"] | {"templates": tuple(asked["experiment"]["templates"])}
+        experiment = Experiment(**given | {"text": options, "chunk_size": content["chunk_size"]})
+    except OSError as error:
+        raise OutputError(f"{folder} holds no run to resume: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise OutputError(f"{folder / 'config.json'} is not what a run has written: {error}") from error
+    return asked | {"experiment": experiment}
+
+
 def append_row(folder: Path, label: str, row: Row) -> None:
-    """Appends one evaluation to `metrics.jsonl`."""
-    with (folder / "metrics.jsonl").open("a") as file:
+    """Appends one evaluation to the metrics."""
+    with (folder / METRICS).open("a") as file:
         file.write(json.dumps({"run": label, **row}) + "\n")
 
 
@@ -84,11 +114,10 @@ def write_prompt(folder: Path, outcome: Outcome) -> None:
         (folder / "prompt.txt").write_text(outcome.prompt_text + "\n")
     params = traverse_util.flatten_dict({"params": outcome.params})
     tensors = {".".join(map(str, path)): np.array(value, order="C") for path, value in params.items()}
-    save_file(
-        tensors | {"prompt": np.array(outcome.prompts, order="C")},
-        folder / "prompt.safetensors",
-        metadata={"generator": outcome.experiment.generator, "task": outcome.task.name},
-    )
+    tensors["prompt"] = np.array(outcome.prompts, order="C")
+    made_by = json.dumps({"generator": outcome.experiment.generator, "task": outcome.task.name})
+    # One entry, because safetensors writes several in an order that differs between processes.
+    save_file(tensors, folder / "prompt.safetensors", metadata={"fedbbpt_jax": made_by})
 
 
 def write_json(path: Path, content: Any) -> None:

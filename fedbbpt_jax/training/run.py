@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fedbbpt_jax.errors import DeviceMemoryError
-from fedbbpt_jax.federated.mesh import here
-from fedbbpt_jax.federated.round import RoundInfo
 from fedbbpt_jax.training.evaluate import Evaluation, evaluate_without_prompt, together
 from fedbbpt_jax.training.experiment import Experiment, ResolvedExperiment
 from fedbbpt_jax.training.load_texts import prompt_words
 from fedbbpt_jax.training.prepare import Setup, prepare
-from fedbbpt_jax.types import Examples, Params, PyTree, Task
+from fedbbpt_jax.training.progress import Progress, Row, begin, evaluate_on, keep, outcome_params
+from fedbbpt_jax.types import Params, Task
 
-Row = dict[str, Any]
 NUM_SHOWN = 6
-COUNTS = ("round", "num_evaluations", "num_requests", "num_valid", "uplink_bytes", "downlink_bytes")
 
 
 class Outcome(NamedTuple):
@@ -49,84 +46,46 @@ class Outcome(NamedTuple):
     summary: Row
 
 
-def run(experiment: Experiment, on_row: Callable[[Row], None] = lambda row: None) -> Outcome:
+def run(
+    experiment: Experiment, on_row: Callable[[Row], None] = lambda row: None, checkpoints: Path | None = None
+) -> Outcome:
     """Returns the outcome of an experiment; the test part is used for the two accuracies of the summary only.
 
     An interrupt (Ctrl-C) ends the rounds; what was reached is evaluated and returned, `stopped_by` says so.
 
     Args:
       experiment: what to run; sizes left out are resolved.
-      on_row: called with each row of metrics as it comes.
+      on_row: called with each row of metrics as it comes; after a resume with those from before too.
+      checkpoints: a folder of this run alone: what was reached is saved there after each evaluation, and taken up from
+        there if it holds something. What a resumed run comes to is what it would have come to, bit for bit.
 
     Raises:
       ValueError, TaskError, CheckpointError: the experiment cannot be run as described.
+      CorruptCheckpointError: all checkpoints are damaged, or of another run.
       DeviceMemoryError: the device has too little memory for it.
     """
     started = time.perf_counter()
     setup = prepare(experiment)
     zero_shot = without_prompt(setup)
     compile_seconds = _compile(setup)
-    record = Record(setup, started)
+    progress = Progress(setup, started)
     stopped_by = "rounds" if setup.experiment.num_rounds == experiment.num_rounds else "budget"
     try:
-        on_row(record.add_row())
-        for rounds in segments(setup.experiment):
+        begin([progress], checkpoints, lambda _, row: on_row(row))
+        for rounds in segments(setup.experiment)[progress.num_segments :]:
             with advice_on_memory(setup.experiment):
                 server, info = setup.programs.run_rounds(
-                    setup.rounds_box, record.server, setup.clients, setup.key, rounds
+                    setup.rounds_box, progress.server, setup.clients, setup.key, rounds
                 )
-            record.count(server, info, int((rounds >= 0).sum()))
-            on_row(record.add_row())
+            progress.count(server, info, int((rounds >= 0).sum()))
+            row = progress.add_row()
+            keep([progress], checkpoints)
+            on_row(row)
     except KeyboardInterrupt:
-        if not record.rows:
+        if not progress.rows:
             raise
         stopped_by = "interrupted"
-    return finish(record, zero_shot, {"compile_seconds": compile_seconds, "stopped_by": stopped_by})
-
-
-@dataclass
-class Record:
-    """What a run has reached.
-
-    Attributes:
-      setup: of the run.
-      started: by the clock.
-      server: its state.
-      counts: of rounds, queries and bytes.
-      rows: one for each evaluation on validation data.
-      num_eval_requests: what those took.
-    """
-
-    setup: Setup
-    started: float
-    server: PyTree = None
-    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
-    rows: list[Row] = field(default_factory=list)
-    num_eval_requests: int = 0
-
-    def __post_init__(self) -> None:
-        """Starts from the server's first state."""
-        self.server = self.setup.server
-
-    def count(self, server: PyTree, info: RoundInfo, num_rounds: int) -> None:
-        """Takes the server's state after a segment of rounds, and adds what they cost."""
-        down, up = self.setup.payload
-        added = {
-            name: int(here(getattr(info, name)).sum()) for name in ("num_evaluations", "num_requests", "num_valid")
-        }
-        came = int(here(info.num_clients).sum())
-        added |= {"round": num_rounds, "uplink_bytes": came * up, "downlink_bytes": came * down}
-        self.counts = {name: value + added[name] for name, value in self.counts.items()}
-        self.server = server
-
-    def add_row(self) -> Row:
-        """Returns a new row, evaluated on validation data."""
-        result = evaluate_on(self.setup, self.server, self.setup.validation)
-        self.num_eval_requests += int(result.num_requests)
-        figures = {"loss": float(result.loss), "accuracy": float(result.accuracy)}
-        seconds = time.perf_counter() - self.started
-        self.rows.append({**self.counts, **figures, "wall_seconds": seconds, "seed": self.setup.experiment.seed})
-        return self.rows[-1]
+    return finish(progress, zero_shot, {"compile_seconds": compile_seconds, "stopped_by": stopped_by})
 
 
 @contextmanager
@@ -147,10 +106,10 @@ def advice_on_memory(e: ResolvedExperiment) -> Iterator[None]:
         ) from error
 
 
-def finish(record: Record, zero_shot: Evaluation, more: Row) -> Outcome:
+def finish(progress: Progress, zero_shot: Evaluation, more: Row) -> Outcome:
     """Returns the outcome of what was recorded; here the test part is used for the second time, and the last."""
-    setup, rows = record.setup, record.rows
-    final = evaluate_on(setup, record.server, setup.test)
+    setup, rows = progress.setup, progress.rows
+    final = evaluate_on(setup, progress.server, setup.test)
     summary = {
         "task": setup.experiment.task,
         "zero_shot_accuracy": float(zero_shot.accuracy),
@@ -162,14 +121,14 @@ def finish(record: Record, zero_shot: Evaluation, more: Row) -> Outcome:
             else {f"test_{setup.task.metric}": float(final.metric(setup.task.metric))}
         ),
         "validation_accuracy": rows[-1]["accuracy"],
-        **record.counts,
+        **progress.counts,
         **dict(zip(("downlink_bytes_per_client", "uplink_bytes_per_client"), setup.payload, strict=True)),
-        "num_eval_requests": record.num_eval_requests + 2 * int(final.num_requests),
-        "wall_seconds": time.perf_counter() - record.started,
+        "num_eval_requests": progress.num_eval_requests + 2 * int(final.num_requests),
+        "wall_seconds": time.perf_counter() - progress.started,
         **more,
         "seed": setup.experiment.seed,
     }
-    params = _params(setup, record.server)
+    params = outcome_params(setup, progress.server)
     prompts = _shown_prompts(setup, params)
     words = prompt_words(setup.experiment, prompts)
     return Outcome(setup.experiment, setup.task, params, prompts, words, rows, summary)
@@ -196,18 +155,6 @@ def without_prompt(setup: Setup) -> Evaluation:
         return evaluate_on(setup, setup.server, setup.test)  # a picture's prompt adds nothing at first
     nothing = jnp.zeros((1, 0), jnp.int32)
     return together([evaluate_without_prompt(setup.bare, nothing, part) for part in setup.test])
-
-
-def evaluate_on(setup: Setup, server: PyTree, parts: Sequence[Examples]) -> Evaluation:
-    """Returns the accuracy and loss of a server's prompts on held-out examples."""
-    params = _params(setup, server)
-    return together([setup.programs.evaluate(setup.box, params, part) for part in parts])
-
-
-def _params(setup: Setup, server: PyTree) -> Params:
-    """Returns the parameters to evaluate, `[M, ...]`."""
-    method = setup.programs.method
-    return jax.vmap(method.optimizer.solution)(method.federation.outcomes(here(server)))
 
 
 def _shown_prompts(setup: Setup, params: Params) -> np.ndarray:

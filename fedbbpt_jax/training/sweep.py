@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,30 +19,36 @@ from fedbbpt_jax.training.compare import SeedResult
 from fedbbpt_jax.training.experiment import Experiment, ResolvedExperiment
 from fedbbpt_jax.training.load import prompt_sizes
 from fedbbpt_jax.training.prepare import prepare
+from fedbbpt_jax.training.progress import Progress, Row, begin, keep
 from fedbbpt_jax.training.resolve import without_data
-from fedbbpt_jax.training.run import Outcome, Record, Row, advice_on_memory, finish, segments, without_prompt
+from fedbbpt_jax.training.run import Outcome, advice_on_memory, finish, segments, without_prompt
 
 
 def run_sweep(
-    experiments: Mapping[int, Mapping[str, Experiment]], on_row: Callable[[str, Row], None]
+    experiments: Mapping[int, Mapping[str, Experiment]],
+    on_row: Callable[[str, Row], None],
+    checkpoints: Path | None = None,
 ) -> tuple[list[SeedResult], bool]:
     """Returns the results of each seed, all runs played together, and whether an interrupt ended them.
 
     Args:
       experiments: by seed and label.
       on_row: called with a label and each row of its metrics.
+      checkpoints: as for `run_together`.
 
     Raises:
       ValueError: as for `run_together`.
     """
     runs = [(label, e) for of_seed in experiments.values() for label, e in of_seed.items()]
-    outcomes = iter(run_together([e for _, e in runs], lambda i, row: on_row(runs[i][0], row)))
+    outcomes = iter(run_together([e for _, e in runs], lambda i, row: on_row(runs[i][0], row), checkpoints))
     results = [SeedResult({label: next(outcomes) for label in of_seed}, None) for of_seed in experiments.values()]
     first = next(iter(results[0].outcomes.values()))
     return results, first.summary["stopped_by"] == "interrupted"
 
 
-def run_together(experiments: Sequence[Experiment], on_row: Callable[[int, Row], None]) -> list[Outcome]:
+def run_together(
+    experiments: Sequence[Experiment], on_row: Callable[[int, Row], None], checkpoints: Path | None = None
+) -> list[Outcome]:
     """Returns the outcome of each experiment; all of them play their rounds in one program.
 
     Draws are those of separate runs bit by bit; sums are rounded in another order. An interrupt ends all of them; what
@@ -50,6 +57,7 @@ def run_together(experiments: Sequence[Experiment], on_row: Callable[[int, Row],
     Args:
       experiments: which may differ in seed and step size.
       on_row: called with the number of an experiment and each row of its metrics.
+      checkpoints: as for `run`, of all of them together.
 
     Raises:
       ValueError: they differ in more; and whatever `run` raises.
@@ -65,25 +73,28 @@ def run_together(experiments: Sequence[Experiment], on_row: Callable[[int, Row],
         raise ValueError(f"runs of one program need placement compile, got {first.experiment.placement}")
     run_rounds = compiled_sweep(shapes.pop(), len(setups), prompt_sizes(first.experiment, first.task))
     lrs = jnp.asarray([s.experiment.lr for s in setups])
-    servers = jax.tree.map(lambda *x: jnp.stack(x), *(s.server for s in setups))
     clients, keys = stack([s.clients for s in setups]), jnp.stack([s.key for s in setups])
     zero_shot = [without_prompt(s) for s in setups]
-    records = [Record(s, started) for s in setups]
+    runs = [Progress(s, started) for s in setups]
     stopped_by = "rounds" if first.experiment.num_rounds == experiments[0].num_rounds else "budget"
     try:
-        _add_rows(records, on_row)
-        for rounds in segments(first.experiment):
+        begin(runs, checkpoints, on_row)
+        servers = jax.tree.map(lambda *x: jnp.stack(x), *(run.server for run in runs))
+        for rounds in segments(first.experiment)[runs[0].num_segments :]:
             with advice_on_memory(first.experiment):
                 servers, infos = run_rounds(first.box, lrs, servers, clients, keys, rounds)
-            for i, record in enumerate(records):
+            for i, run in enumerate(runs):
                 server, info = jax.tree.map(lambda x, i=i: x[i], (servers, infos))
-                record.count(server, info, int((rounds >= 0).sum()))
-            _add_rows(records, on_row)
+                run.count(server, info, int((rounds >= 0).sum()))
+            rows = [run.add_row() for run in runs]
+            keep(runs, checkpoints)
+            for i, row in enumerate(rows):
+                on_row(i, row)
     except KeyboardInterrupt:
-        if not all(record.rows for record in records):
+        if not all(run.rows for run in runs):
             raise
         stopped_by = "interrupted"
-    return [finish(r, z, {"stopped_by": stopped_by}) for r, z in zip(records, zero_shot, strict=True)]
+    return [finish(r, z, {"stopped_by": stopped_by}) for r, z in zip(runs, zero_shot, strict=True)]
 
 
 @functools.lru_cache(maxsize=4)
@@ -104,8 +115,3 @@ def stack(clients: Sequence[ClientData]) -> ClientData:
     """Returns the clients of several runs as one, `[S, ...]`; those of all runs are as long as the longest."""
     longest = max((c.places for c in clients), key=len)
     return jax.tree.map(lambda *x: jnp.stack(x), *(c._replace(places=longest) for c in clients))
-
-
-def _add_rows(records: Sequence[Record], on_row: Callable[[int, Row], None]) -> None:
-    for i, record in enumerate(records):
-        on_row(i, record.add_row())
