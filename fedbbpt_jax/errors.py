@@ -47,3 +47,7 @@ class ModelDriftError(FedBBPTError):
 
 class JournalError(FedBBPTError):
     """A journal of queries is damaged, or is of another run."""
+
+
+class QuotaError(FedBBPTError):
+    """The account at a served model has no money left; asking again costs time and brings nothing."""

@@ -11,6 +11,8 @@ import fedbbpt_jax
 MODULES = sorted(m.name for m in pkgutil.walk_packages(fedbbpt_jax.__path__, "fedbbpt_jax."))
 FACTORIES = {
     "black_box.faults": ["exact", "rounded", "bfloat16", "noisy"],
+    "black_box.ledger": ["open_ledger"],
+    "black_box.text_api": ["chat", "completions"],
     "estimators.catalogue": ["find_estimator"],
     "estimators.directions": [
         "rademacher",

@@ -99,6 +99,16 @@ def decode(side: Side, body: bytes, head_length: int | None = None) -> tuple[Ten
     return tensors, head
 
 
+def datatype(tensor: np.ndarray) -> str:
+    """Returns what the protocol calls a tensor's type, "" where it does not carry it.
+
+    Example:
+      >>> datatype(np.zeros(2, np.float32))
+      'FP32'
+    """
+    return _NAMES.get(tensor.dtype.newbyteorder("<"), "")
+
+
 def named_leaves(prefix: str, tree: PyTree) -> Tensors:
     """Returns the arrays of a tree by names that start with `prefix`, to be sent.
 

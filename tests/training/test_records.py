@@ -150,4 +150,4 @@ def test_prompt_file_holds_parameters_that_make_the_prompts(tmp_path, name):
     read = structure.unflatten([stored[n] for n in names])
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), read, models)))
     with safe_open(tmp_path / "prompt.safetensors", framework="np") as file:
-        assert file.metadata() == {"generator": name, "task": "sensor"}
+        assert json.loads(file.metadata()["fedbbpt_jax"]) == {"generator": name, "task": "sensor"}
