@@ -1,4 +1,4 @@
-"""The command line: `fedbbpt run`, `fedbbpt variance` and `fedbbpt list`.
+"""The command line: `fedbbpt run`, `fedbbpt variance`, `fedbbpt serve` and `fedbbpt list`.
 
 Exit codes: 0 done, 2 bad input, 6 damaged checkpoints, 130 interrupted by Ctrl-C or a signal to terminate.
 """
@@ -17,6 +17,7 @@ import tyro
 
 from fedbbpt_jax.commands.listing import List, list_command
 from fedbbpt_jax.commands.run import EXIT_INTERRUPTED, Run, asked_before, run_command
+from fedbbpt_jax.commands.serve import Serve, serve_command
 from fedbbpt_jax.commands.variance import Variance, variance_command
 from fedbbpt_jax.errors import CorruptCheckpointError, FedBBPTError
 from fedbbpt_jax.training.processes import connected
@@ -26,6 +27,7 @@ EXIT_BAD_INPUT, EXIT_DAMAGED = 2, 6
 Command = (
     Annotated[Run, tyro.conf.subcommand("run", prefix_name=False)]
     | Annotated[Variance, tyro.conf.subcommand("variance", prefix_name=False)]
+    | Annotated[Serve, tyro.conf.subcommand("serve", prefix_name=False)]
     | Annotated[List, tyro.conf.subcommand("list", prefix_name=False)]
 )
 
@@ -41,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         match command:
             case List():
                 return list_command(command)
+            case Serve():
+                return serve_command(command)
             case Variance():
                 return variance_command(command)
             case _:

@@ -25,6 +25,10 @@ class ProcessError(FedBBPTError):
     """The processes of one run do not find each other, or do not agree."""
 
 
+class ServeError(FedBBPTError):
+    """A model cannot be served: packages are missing, or the address is taken."""
+
+
 class DeviceMemoryError(FedBBPTError):
     """A device has too little memory for what was asked of it at once."""
 

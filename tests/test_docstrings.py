@@ -10,9 +10,10 @@ import fedbbpt_jax
 
 MODULES = sorted(m.name for m in pkgutil.walk_packages(fedbbpt_jax.__path__, "fedbbpt_jax."))
 FACTORIES = {
-    "black_box.faults": ["exact", "rounded", "bfloat16", "noisy"],
-    "black_box.ledger": ["open_ledger"],
-    "black_box.text_api": ["chat", "completions"],
+    "black_box.faults": ["exact", "rounded", "bfloat16", "float16", "noisy"],
+    "black_box.ledger.ledger": ["open_ledger"],
+    "black_box.client.text_api": ["chat", "completions"],
+    "black_box.rows": ["in_rows"],
     "estimators.catalogue": ["find_estimator"],
     "estimators.directions": [
         "rademacher",

@@ -39,6 +39,15 @@ def bfloat16() -> Answer:
     return lambda scores, key: scores.astype(jnp.bfloat16).astype(jnp.float32)
 
 
+def float16() -> Answer:
+    """Returns answers that went through float16, with its 11 bits of precision.
+
+    >>> float16()(jnp.array([100.03]), jax.random.key(0))
+    Array([100.], dtype=float32)
+    """
+    return lambda scores, key: scores.astype(jnp.float16).astype(jnp.float32)
+
+
 def noisy(deviation: float) -> Answer:
     """Returns answers with independent normal noise on every score, as stochastic serving gives them.
 

@@ -17,20 +17,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedbbpt_jax.black_box.answers import (
+from fedbbpt_jax.black_box.client.answers import (
     LOG_PROBABILITIES,
     RejectedAnswerError,
     pack_scores,
     unpack_scores,
     usable_rows,
 )
-from fedbbpt_jax.black_box.connection import CAREFUL, Connection, Terms, open_connection
-from fedbbpt_jax.black_box.costs import Cost
-from fedbbpt_jax.black_box.delivery import Kept, Message, Reply
-from fedbbpt_jax.black_box.description import find_model
-from fedbbpt_jax.black_box.ledger import Ledger
-from fedbbpt_jax.black_box.queries import query_axes
-from fedbbpt_jax.black_box.text_api import TextApi, word_score
+from fedbbpt_jax.black_box.client.connection import CAREFUL, Connection, Terms, open_connection
+from fedbbpt_jax.black_box.client.delivery import Kept, Message, Reply
+from fedbbpt_jax.black_box.client.description import find_model
+from fedbbpt_jax.black_box.client.queries import query_axes
+from fedbbpt_jax.black_box.client.text_api import TextApi, word_score
+from fedbbpt_jax.black_box.ledger.costs import Cost
+from fedbbpt_jax.black_box.ledger.ledger import Ledger
 from fedbbpt_jax.errors import JournalError
 from fedbbpt_jax.types import PyTree, Query, Response
 

@@ -11,14 +11,18 @@ from __future__ import annotations
 
 from collections import Counter
 
-from fedbbpt_jax.black_box.answers import SCORES, RejectedAnswerError, Scale, fingerprint_of, pack_scores, read_answer
-from fedbbpt_jax.black_box.connection import CAREFUL, Connection, Terms, open_connection
-from fedbbpt_jax.black_box.costs import Cost
-from fedbbpt_jax.black_box.delivery import Kept, Message, Reply
-from fedbbpt_jax.black_box.description import describe, model_path
-from fedbbpt_jax.black_box.ledger import Ledger
-from fedbbpt_jax.black_box.protocol import HEAD_LENGTH, encode
-from fedbbpt_jax.black_box.queries import (
+from fedbbpt_jax.black_box.client.answers import (
+    SCORES,
+    RejectedAnswerError,
+    Scale,
+    fingerprint_of,
+    pack_scores,
+    read_answer,
+)
+from fedbbpt_jax.black_box.client.connection import CAREFUL, Connection, Terms, open_connection
+from fedbbpt_jax.black_box.client.delivery import Kept, Message, Reply
+from fedbbpt_jax.black_box.client.description import describe, model_path
+from fedbbpt_jax.black_box.client.queries import (
     Form,
     Part,
     canonical,
@@ -28,6 +32,9 @@ from fedbbpt_jax.black_box.queries import (
     read_form,
     split_query,
 )
+from fedbbpt_jax.black_box.ledger.costs import Cost
+from fedbbpt_jax.black_box.ledger.ledger import Ledger
+from fedbbpt_jax.black_box.protocol import HEAD_LENGTH, encode
 from fedbbpt_jax.errors import JournalError, QueryFailedError
 from fedbbpt_jax.types import Query, Response
 

@@ -13,7 +13,12 @@ from flax import nnx
 
 from fedbbpt_jax.black_box.frozen import Precision, PromptedClassifier, frozen
 from fedbbpt_jax.models.loading import PretrainedText
-from fedbbpt_jax.models.sentence_classifiers import LabelClassifier, SentenceClassifier, encode_class_texts
+from fedbbpt_jax.models.sentence_classifiers import (
+    LabelClassifier,
+    SentenceClassifier,
+    SentenceEmbedder,
+    encode_class_texts,
+)
 from fedbbpt_jax.types import Query, Response
 
 
@@ -35,6 +40,11 @@ def sentence_classifier(
     """
     encoder: Any = nnx.merge(model.graphdef, model.params)
     return frozen(SentenceClassifier(encoder, _on_device(model, class_texts)), precision)
+
+
+def sentence_embedder(model: PretrainedText, precision: Precision = "highest") -> PromptedClassifier:
+    """Returns an encoder as a function of queries, whose scores are unit embeddings; as `sentence_classifier`."""
+    return frozen(SentenceEmbedder(nnx.merge(model.graphdef, model.params)), precision)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("classifier",), meta_fields=())

@@ -53,6 +53,22 @@ class SentenceClassifier(nnx.Module):
         return 1 if jnp.issubdtype(prompts.dtype, jnp.integer) else 2
 
 
+class SentenceEmbedder(nnx.Module):
+    """Prompted sentences to their embeddings."""
+
+    def __init__(self, encoder: BertEncoder):
+        self.trunk = encoder
+
+    def __call__(self, prompts: Array, texts: EncodedText) -> Array:
+        """Returns unit embeddings, float32 `[B, E]`; arguments as for `SentenceClassifier`."""
+        return self.trunk.embed(texts.ids, texts.attended, as_embeddings(self.trunk, prompts))
+
+    @staticmethod
+    def prompt_rank(prompts: Array) -> int:
+        """Returns the number of axes of one prompt."""
+        return 1 if jnp.issubdtype(prompts.dtype, jnp.integer) else 2
+
+
 class LabelClassifier(nnx.Module):
     """Fixed sentence embeddings against prompted class texts."""
 

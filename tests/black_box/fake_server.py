@@ -10,7 +10,7 @@ from typing import Any
 import httpx2 as httpx
 import numpy as np
 
-from fedbbpt_jax.black_box.pacing import Clock
+from fedbbpt_jax.black_box.client.pacing import Clock
 from fedbbpt_jax.black_box.protocol import HEAD_LENGTH, decode, encode
 
 N = 4

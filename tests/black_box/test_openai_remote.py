@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from fake_server import FakeTime, status
 
-from fedbbpt_jax.black_box.connection import Terms
-from fedbbpt_jax.black_box.costs import Balance, Budget, Cost
-from fedbbpt_jax.black_box.ledger import open_ledger, replay_ledger
+from fedbbpt_jax.black_box.client.connection import Terms
+from fedbbpt_jax.black_box.client.text_api import chat, completions
+from fedbbpt_jax.black_box.ledger.costs import Balance, Budget, Cost
+from fedbbpt_jax.black_box.ledger.ledger import open_ledger, replay_ledger
 from fedbbpt_jax.black_box.openai_remote import connect_texts, replayed_texts
-from fedbbpt_jax.black_box.text_api import chat, completions
 from fedbbpt_jax.errors import BudgetExceededError, JournalError, ModelDriftError, QueryFailedError
 from fedbbpt_jax.types import Query
 

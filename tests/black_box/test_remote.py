@@ -15,11 +15,11 @@ from fake_server import METADATA, FakeServer, FakeTime, N, broken, status
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbbpt_jax.black_box.answers import LOG_PROBABILITIES
-from fedbbpt_jax.black_box.connection import Terms
-from fedbbpt_jax.black_box.costs import Balance, Budget, Cost
-from fedbbpt_jax.black_box.ledger import open_ledger, replay_ledger
-from fedbbpt_jax.black_box.pacing import Patience
+from fedbbpt_jax.black_box.client.answers import LOG_PROBABILITIES
+from fedbbpt_jax.black_box.client.connection import Terms
+from fedbbpt_jax.black_box.client.pacing import Patience
+from fedbbpt_jax.black_box.ledger.costs import Balance, Budget, Cost
+from fedbbpt_jax.black_box.ledger.ledger import open_ledger, replay_ledger
 from fedbbpt_jax.black_box.protocol import HEAD_LENGTH
 from fedbbpt_jax.black_box.remote import connect, replayed
 from fedbbpt_jax.errors import (

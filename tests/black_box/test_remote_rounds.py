@@ -10,9 +10,9 @@ import pytest
 from conftest import vector_generator
 from fake_server import METADATA, FakeServer, FakeTime, N, broken, status
 
-from fedbbpt_jax.black_box.connection import Terms
-from fedbbpt_jax.black_box.ledger import open_ledger, replay_ledger
-from fedbbpt_jax.black_box.pacing import Patience
+from fedbbpt_jax.black_box.client.connection import Terms
+from fedbbpt_jax.black_box.client.pacing import Patience
+from fedbbpt_jax.black_box.ledger.ledger import open_ledger, replay_ledger
 from fedbbpt_jax.black_box.remote import connect, replayed
 from fedbbpt_jax.errors import JournalError
 from fedbbpt_jax.estimators.directions import rademacher

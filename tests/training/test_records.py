@@ -1,7 +1,7 @@
 import json
 import os
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from fedbbpt_jax.training.experiment import Experiment, TextOptions
 from fedbbpt_jax.training.records import (
     append_row,
     create_folder,
+    read_config,
     summarise,
     write_config,
     write_json,
@@ -69,7 +70,7 @@ def test_folder_that_cannot_be_written_is_refused(tmp_path):
 
 def test_config_holds_the_experiment_seeds_versions_and_device(tmp_path):
     experiment = resolve(Experiment("blocks", lr=0.25, precision="default", seed=3))
-    write_config(tmp_path, experiment, [3, 4])
+    write_config(tmp_path, experiment, [3, 4], {})
     config = json.loads((tmp_path / "config.json").read_text())
     assert json.loads(json.dumps(asdict(experiment))).items() <= config.items()
     assert config["seeds"] == [3, 4]
@@ -80,12 +81,14 @@ def test_config_holds_the_experiment_seeds_versions_and_device(tmp_path):
     assert config["device"]["count"] == jax.device_count()
 
 
-def test_experiment_is_rebuilt_from_the_config(tmp_path):
-    experiment = resolve(Experiment(cohort=2, templates=("a {}.", "the {}.")))
-    write_config(tmp_path, experiment, [0])
-    config = json.loads((tmp_path / "config.json").read_text())
-    asked = {name: config[name] for name in asdict(experiment)}
-    assert resolve(Experiment(**asked | {"text": TextOptions(**config["text"])})) == experiment
+def test_what_was_asked_is_read_again(tmp_path):
+    """With the chunk size that was found: another would round in another way."""
+    text = TextOptions(label_words=(" bad", " good"), replaced=0.5)
+    experiment = Experiment(cohort=2, templates=("a {}.", "the {}."), text=text)
+    asked = {"experiment": asdict(experiment), "seeds": "0..2", "lr": None, "compare": True}
+    write_config(tmp_path, replace(resolve(experiment), chunk_size=48), [0, 1, 2], asked)
+    found = read_config(tmp_path)
+    assert found == asked | {"experiment": replace(experiment, chunk_size=48)}
 
 
 def test_rows_are_appended_as_they_come(tmp_path):

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbbpt_jax.black_box import journal as journals
-from fedbbpt_jax.black_box.journal import MAGIC, Position, journal_in_memory, open_journal, read_journal
+from fedbbpt_jax.black_box.ledger import journal as journals
+from fedbbpt_jax.black_box.ledger.journal import MAGIC, Position, journal_in_memory, open_journal, read_journal
 from fedbbpt_jax.errors import JournalError
 
 RECORDS = [(b"S", b"start"), (b"A", b""), (b"R", bytes(range(40))), (b"A", b"\0" * 24)]

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from fake_server import FakeServer, N
 
-from fedbbpt_jax.black_box.connection import Terms
-from fedbbpt_jax.black_box.costs import Balance, Cost
-from fedbbpt_jax.black_box.delivery import explanation
-from fedbbpt_jax.black_box.ledger import open_ledger
-from fedbbpt_jax.black_box.pacing import Patience
+from fedbbpt_jax.black_box.client.connection import Terms
+from fedbbpt_jax.black_box.client.delivery import explanation
+from fedbbpt_jax.black_box.client.pacing import Patience
+from fedbbpt_jax.black_box.ledger.costs import Balance, Cost
+from fedbbpt_jax.black_box.ledger.ledger import open_ledger
 from fedbbpt_jax.black_box.remote import connect
 from fedbbpt_jax.types import Query
 

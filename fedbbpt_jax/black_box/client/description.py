@@ -9,8 +9,8 @@ from urllib.parse import quote
 
 import httpx2 as httpx
 
-from fedbbpt_jax.black_box.delivery import RETRIED, explanation
-from fedbbpt_jax.black_box.pacing import Clock, Pace, Patience, told_delay
+from fedbbpt_jax.black_box.client.delivery import RETRIED, explanation
+from fedbbpt_jax.black_box.client.pacing import Clock, Pace, Patience, told_delay
 from fedbbpt_jax.errors import QueryFailedError
 
 _MOST_NAMES = 20

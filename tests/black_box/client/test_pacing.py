@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from fedbbpt_jax.black_box.pacing import Clock, Pace, Patience, told_delay
+from fedbbpt_jax.black_box.client.pacing import Clock, Pace, Patience, told_delay
 
 PATIENCE = Patience(first_delay=1.0, longest_delay=10.0, breaker_failures=3, breaker_seconds=60.0, max_concurrency=16)
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedbbpt_jax.black_box.answers import Scale, unpack_scores, usable_rows
+from fedbbpt_jax.black_box.client.answers import Scale, unpack_scores, usable_rows
 from fedbbpt_jax.black_box.protocol import Tensors, datatype, encode, named_leaves
 from fedbbpt_jax.errors import QueryFailedError
 from fedbbpt_jax.types import Query, Response

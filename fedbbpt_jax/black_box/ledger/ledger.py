@@ -19,10 +19,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from fedbbpt_jax.black_box import book
-from fedbbpt_jax.black_box.book import Book, Model
-from fedbbpt_jax.black_box.costs import FREE, UNLIMITED, Balance, Budget, Cost, Price, check_budget, total
-from fedbbpt_jax.black_box.journal import Journal, Position, Record, journal_in_memory, open_journal, read_journal
+from fedbbpt_jax.black_box.ledger import book
+from fedbbpt_jax.black_box.ledger.book import Book, Model
+from fedbbpt_jax.black_box.ledger.costs import FREE, UNLIMITED, Balance, Budget, Cost, Price, check_budget, total
+from fedbbpt_jax.black_box.ledger.journal import (
+    Journal,
+    Position,
+    Record,
+    journal_in_memory,
+    open_journal,
+    read_journal,
+)
 from fedbbpt_jax.errors import JournalError, ModelDriftError
 
 Repeats = Literal["charged once", "charged again"]

@@ -6,8 +6,8 @@ from fake_server import METADATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedbbpt_jax.black_box.answers import SCORES, pack_scores
-from fedbbpt_jax.black_box.queries import (
+from fedbbpt_jax.black_box.client.answers import SCORES, pack_scores
+from fedbbpt_jax.black_box.client.queries import (
     Form,
     Tensor,
     canonical,

@@ -11,11 +11,11 @@ from urllib.parse import urlsplit
 
 import httpx2 as httpx
 
-from fedbbpt_jax.black_box.background import BackgroundLoop
-from fedbbpt_jax.black_box.delivery import Delivery, Message
-from fedbbpt_jax.black_box.description import Visit
-from fedbbpt_jax.black_box.ledger import Ledger, Repeats
-from fedbbpt_jax.black_box.pacing import SYSTEM_CLOCK, Clock, Patience
+from fedbbpt_jax.black_box.client.background import BackgroundLoop
+from fedbbpt_jax.black_box.client.delivery import Delivery, Message
+from fedbbpt_jax.black_box.client.description import Visit
+from fedbbpt_jax.black_box.client.pacing import SYSTEM_CLOCK, Clock, Patience
+from fedbbpt_jax.black_box.ledger.ledger import Ledger, Repeats
 
 TOKEN_VARIABLE = "FEDBBPT_TOKEN"
 

@@ -7,8 +7,8 @@ import struct
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from fedbbpt_jax.black_box.costs import Balance, Cost, total
-from fedbbpt_jax.black_box.journal import Record
+from fedbbpt_jax.black_box.ledger.costs import Balance, Cost, total
+from fedbbpt_jax.black_box.ledger.journal import Record
 from fedbbpt_jax.errors import JournalError
 
 FORMAT = 1

@@ -21,10 +21,10 @@ from typing import NamedTuple
 
 import httpx2 as httpx
 
-from fedbbpt_jax.black_box.answers import RejectedAnswerError
-from fedbbpt_jax.black_box.costs import Cost
-from fedbbpt_jax.black_box.ledger import Ledger, Repeats
-from fedbbpt_jax.black_box.pacing import Clock, Pace, Patience, told_delay
+from fedbbpt_jax.black_box.client.answers import RejectedAnswerError
+from fedbbpt_jax.black_box.client.pacing import Clock, Pace, Patience, told_delay
+from fedbbpt_jax.black_box.ledger.costs import Cost
+from fedbbpt_jax.black_box.ledger.ledger import Ledger, Repeats
 from fedbbpt_jax.errors import FedBBPTError, ModelDriftError, QueryFailedError, QuotaError
 
 RETRIED = frozenset({408, 409, 424, 425, 429})

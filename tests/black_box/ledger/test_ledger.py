@@ -10,10 +10,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from fedbbpt_jax.black_box.book import FORMAT
-from fedbbpt_jax.black_box.costs import Balance, Budget, Cost, Price
-from fedbbpt_jax.black_box.journal import open_journal, read_journal
-from fedbbpt_jax.black_box.ledger import open_ledger, replay_ledger
+from fedbbpt_jax.black_box.ledger.book import FORMAT
+from fedbbpt_jax.black_box.ledger.costs import Balance, Budget, Cost, Price
+from fedbbpt_jax.black_box.ledger.journal import open_journal, read_journal
+from fedbbpt_jax.black_box.ledger.ledger import open_ledger, replay_ledger
 from fedbbpt_jax.errors import BudgetExceededError, JournalError, ModelDriftError
 
 KEYS = [bytes([i]) * 32 for i in range(8)]

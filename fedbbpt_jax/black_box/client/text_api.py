@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fedbbpt_jax.black_box.answers import MISSING, RejectedAnswerError
+from fedbbpt_jax.black_box.client.answers import MISSING, RejectedAnswerError
 
 Tops = list[tuple[str, float]]
 """First tokens that were likely, and their log-probabilities, nats."""

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from fedbbpt_jax.black_box.background import BackgroundLoop
+from fedbbpt_jax.black_box.client.background import BackgroundLoop
 
 
 async def double(number):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fedbbpt_jax.black_box.answers import (
+from fedbbpt_jax.black_box.client.answers import (
     LOG_PROBABILITIES,
     PROBABILITIES,
     SCORES,

@@ -1,0 +1,1 @@
+"""How a served model is asked: messages, retries, the checks of what comes back."""

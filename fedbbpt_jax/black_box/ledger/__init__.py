@@ -1,0 +1,1 @@
+"""What was paid for: a journal of queries and answers, and the budget."""
