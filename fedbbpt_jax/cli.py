@@ -1,6 +1,8 @@
-"""The command line: `fedbbpt run`, `fedbbpt variance`, `fedbbpt serve` and `fedbbpt list`.
+"""The command line: `fedbbpt run`, `replay`, `serve`, `variance` and `list`.
 
-Exit codes: 0 done, 2 bad input, 6 damaged checkpoints, 130 interrupted by Ctrl-C or a signal to terminate.
+Exit codes: 0 done, 2 bad input, 3 the budget is spent, 4 the server says that there is no money, 5 the served model has
+changed, 6 what a run had saved is damaged, 130 interrupted by Ctrl-C or a signal to terminate. After 3, 4, 5 and 130
+`fedbbpt run --resume` goes on where the run ended.
 """
 
 from __future__ import annotations
@@ -16,17 +18,33 @@ from typing import Annotated
 import tyro
 
 from fedbbpt_jax.commands.listing import List, list_command
+from fedbbpt_jax.commands.replay import Replay, replay_command
 from fedbbpt_jax.commands.run import EXIT_INTERRUPTED, Run, asked_before, run_command
 from fedbbpt_jax.commands.serve import Serve, serve_command
 from fedbbpt_jax.commands.variance import Variance, variance_command
-from fedbbpt_jax.errors import CorruptCheckpointError, FedBBPTError
+from fedbbpt_jax.errors import (
+    BudgetExceededError,
+    CorruptCheckpointError,
+    FedBBPTError,
+    JournalError,
+    ModelDriftError,
+    QuotaError,
+)
 from fedbbpt_jax.training.processes import connected
 
-EXIT_BAD_INPUT, EXIT_DAMAGED = 2, 6
+EXIT_BAD_INPUT = 2
+EXITS: dict[type[FedBBPTError], int] = {
+    BudgetExceededError: 3,
+    QuotaError: 4,
+    ModelDriftError: 5,
+    CorruptCheckpointError: 6,
+    JournalError: 6,
+}
 
 Command = (
     Annotated[Run, tyro.conf.subcommand("run", prefix_name=False)]
     | Annotated[Variance, tyro.conf.subcommand("variance", prefix_name=False)]
+    | Annotated[Replay, tyro.conf.subcommand("replay", prefix_name=False)]
     | Annotated[Serve, tyro.conf.subcommand("serve", prefix_name=False)]
     | Annotated[List, tyro.conf.subcommand("list", prefix_name=False)]
 )
@@ -43,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         match command:
             case List():
                 return list_command(command)
+            case Replay():
+                return replay_command(command)
             case Serve():
                 return serve_command(command)
             case Variance():
@@ -50,12 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case _:
                 with connected(command.processes), terminated_as_interrupted():
                     return run_command(command if command.resume is None else asked_before(command, command.resume))
-    except CorruptCheckpointError as error:
-        print(f"fedbbpt: {error}", file=sys.stderr)
-        return EXIT_DAMAGED
     except (FedBBPTError, ValueError) as error:
         print(f"fedbbpt: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return next((code for kind, code in EXITS.items() if isinstance(error, kind)), EXIT_BAD_INPUT)
     except KeyboardInterrupt:
         print("fedbbpt: interrupted before anything was measured", file=sys.stderr)
         return EXIT_INTERRUPTED

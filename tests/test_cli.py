@@ -25,7 +25,7 @@ from fedbbpt_jax.pretrained import MINI_CLIP
 from fedbbpt_jax.training.experiment import GENERATORS, MODELS, Experiment, estimator_descriptions
 from fedbbpt_jax.training.run import run
 
-FILES = {"config.json", "checkpoints", "metrics.jsonl", "summary.json", "prompt.safetensors"} | {
+FILES = {"config.json", "state", "metrics.jsonl", "summary.json", "prompt.safetensors"} | {
     f"{name}.png" for name in ("accuracy", "partition", "prompt")
 }
 # 5 clients · 10 candidates · 4 steps · 8 examples are 1,600 requests per round.
@@ -332,10 +332,10 @@ def test_an_interrupt_before_the_record_counts_the_rounds_that_it_keeps(monkeypa
 
 @pytest.mark.slow
 def test_an_interrupt_while_a_later_seed_starts_keeps_the_earlier_ones(tmp_path, monkeypatch, capsys):
-    def interrupted_later(experiment, on_row, checkpoints):
+    def interrupted_later(experiment, on_row, folder):
         if experiment.seed == 1:
             raise KeyboardInterrupt
-        return run(experiment, on_row, checkpoints)
+        return run(experiment, on_row, folder)
 
     monkeypatch.setattr("fedbbpt_jax.training.compare.run", interrupted_later)
     assert cli.main(["run", *TINY, "--seeds", "0..2", "--output-dir", str(tmp_path)]) == 130

@@ -73,7 +73,7 @@ def test_a_signal_to_terminate_is_an_interrupt(tmp_path, capsys):
     assert "Traceback" not in err
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["stopped_by"] == "interrupted"
-    steps = [int(path.name) for path in (tmp_path / "checkpoints" / "seed-0" / "run-0").iterdir()]
+    steps = [int(path.name) for path in (tmp_path / "state" / "seed-0" / "run-0" / "checkpoints").iterdir()]
     assert max(steps) == summary["round"] >= 2
 
 

@@ -36,7 +36,7 @@ from fedbbpt_jax.training.report import heading, summary_table, sweep_table, wri
 from fedbbpt_jax.training.resolve import is_of_texts, requests_per_round, resolve
 from fedbbpt_jax.training.sweep import run_sweep
 
-CHECKPOINTS = "checkpoints"
+STATE = "state"
 EXIT_INTERRUPTED = 130
 _COLUMNS = (
     TextColumn("seed {task.description}"),
@@ -79,9 +79,8 @@ class Run:
 
 def run_command(command: Run) -> int:
     """Runs an experiment, several seeds or step sizes of it, or seeds beside their baselines, into one folder."""
-    seeds, lrs = _parse_seeds(command), _parse_lrs(command)
-    experiments = {seed: _experiments(command, seed, lrs) for seed in seeds}
-    is_sweep = len(lrs) > 1
+    experiments = planned(command)
+    seeds, is_sweep = list(experiments), len(_parse_lrs(command)) > 1
     run_all = run_sweep if is_sweep else functools.partial(run_seeds, white_box=command.compare)
     setups = [prepare(e) for e in experiments[seeds[0]].values()]  # bad input ends here, before anything is written
     if command.dry_run:
@@ -89,7 +88,7 @@ def run_command(command: Run) -> int:
     base = setups[0].experiment
     folder = command.output_dir or Path("runs") / f"{base.task}-{time.strftime('%Y%m%d-%H%M%S')}"
     if not speaks():
-        _, interrupted = run_all(experiments, lambda label, row: None, folder / CHECKPOINTS)
+        _, interrupted = run_all(experiments, lambda label, row: None, folder / STATE)
         return EXIT_INTERRUPTED if interrupted else 0
     check_json_target(command.json, folder)
     if command.resume is None:
@@ -100,7 +99,7 @@ def run_command(command: Run) -> int:
     console = Console(quiet=command.quiet, stderr=True)
     with Progress(*_COLUMNS, console=console) as progress:
         on_row = _follower(folder, progress, experiments)
-        results, interrupted = run_all(experiments, on_row, folder / CHECKPOINTS)
+        results, interrupted = run_all(experiments, on_row, folder / STATE)
     method = next(iter(results[0].outcomes.values()))
     write_prompt(folder, method)
     write_json(folder / "summary.json", summarise(results))
@@ -164,8 +163,17 @@ def _who_holds_what(setup: Setup) -> tuple[Sequence[np.ndarray], np.ndarray, Seq
     return setup.parts, setup.task.train.labels, setup.task.class_names
 
 
+def planned(command: Run) -> dict[int, dict[str, Experiment]]:
+    """Returns the experiments of a command by seed and label; the first of each seed is the method itself.
+
+    Raises:
+      ValueError: seeds or step sizes are not as they should be.
+    """
+    lrs = _parse_lrs(command)
+    return {seed: _experiments(command, seed, lrs) for seed in _parse_seeds(command)}
+
+
 def _experiments(command: Run, seed: int, lrs: list[float | None]) -> dict[str, Experiment]:
-    """Returns label to experiment for one seed; the first is the method itself."""
     if len(lrs) > 1:
         base = replace(command.experiment, seed=seed, placement="compile")
         return {f"step {lr:g}": replace(base, lr=lr) for lr in lrs if lr is not None}

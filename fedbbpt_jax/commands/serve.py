@@ -29,6 +29,7 @@ from fedbbpt_jax.training.experiment import Experiment, ResolvedExperiment, Text
 from fedbbpt_jax.training.load import load_classifier, load_experiment_task
 from fedbbpt_jax.training.load_texts import SENTENCE_TOKENS, task_texts, text_model
 from fedbbpt_jax.training.resolve import resolve
+from fedbbpt_jax.training.served import served_name
 from fedbbpt_jax.types import BlackBox, PyTree, Query, Task
 
 TOKEN = "FEDBBPT_TOKEN"
@@ -117,8 +118,7 @@ def load_served_model(command: Serve) -> ServedModel:
     e = served_experiment(command)
     task = load_experiment_task(e)
     box, like = query_only(load_classifier(e, task)), row_like(e, task)
-    name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in Path(e.model).name) or "model"
-    served = served_model(name, box, like, task.class_names, e.precision, command.num_rows)
+    served = served_model(served_name(e.model), box, like, task.class_names, e.precision, command.num_rows)
     if not task.image_size:
         served = served._replace(text=_in_plain_text(e, task, box, command.num_rows))
     zeros = [jax.tree.map(lambda x: np.zeros((command.num_rows, *x.shape[1:]), x.dtype), part) for part in like]

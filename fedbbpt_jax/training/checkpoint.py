@@ -77,23 +77,31 @@ def restore(folder: Path, like: PyTree) -> Checkpoint | None:
     if not folder.is_dir():
         return None
     with _manager(folder) as manager:
-        finished = [
-            step for step in sorted(manager.all_steps(), reverse=True) if (folder / f"{step}/{MANIFEST}").exists()
-        ]
-        sound = next((step for step in finished if _is_sound(folder / str(step))), None)
-        if sound is None and finished:
-            raise CorruptCheckpointError(f"all checkpoints in {folder} are damaged: {finished}")
+        sound = _newest_sound(folder, manager)
         for step in manager.all_steps():
             if sound is None or step > sound:
                 manager.delete(step)
         if sound is None:
             return None
-        found = manager.restore(sound, args=ocp.args.Composite(rest=ocp.args.JsonRestore()))["rest"]
+        found = _rest(manager, sound)
         if found["layout"] != _layout(like):
             raise CorruptCheckpointError(f"checkpoint {folder / str(sound)} is of another run than this one")
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.asarray(x).dtype), like)
         arrays = manager.restore(sound, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(shapes)))["arrays"]
     return Checkpoint(sound, jax.tree.map(jnp.asarray, arrays), found["progress"])
+
+
+def read_progress(folder: Path) -> Any | None:
+    """Returns the progress of the checkpoint that `restore` would take; None where there is none.
+
+    Raises:
+      CorruptCheckpointError: all are damaged.
+    """
+    if not folder.is_dir():
+        return None
+    with _manager(folder) as manager:
+        sound = _newest_sound(folder, manager)
+        return None if sound is None else _rest(manager, sound)["progress"]
 
 
 def check_sound(place: Path) -> None:
@@ -102,6 +110,19 @@ def check_sound(place: Path) -> None:
     if found != expected:
         told, are = (set(text.decode(errors="replace").splitlines()) for text in (found, expected))
         raise CorruptCheckpointError(f"checkpoint {place} is damaged: {', '.join(sorted(told ^ are))}")
+
+
+def _newest_sound(folder: Path, manager: ocp.CheckpointManager) -> int | None:
+    steps = sorted(manager.all_steps(), reverse=True)
+    finished = [step for step in steps if (folder / str(step) / MANIFEST).exists()]
+    sound = next((step for step in finished if _is_sound(folder / str(step))), None)
+    if sound is None and finished:
+        raise CorruptCheckpointError(f"all checkpoints in {folder} are damaged: {finished}")
+    return sound
+
+
+def _rest(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    return manager.restore(step, args=ocp.args.Composite(rest=ocp.args.JsonRestore()))["rest"]
 
 
 def _is_sound(place: Path) -> bool:

@@ -120,7 +120,7 @@ def _text_baselines(e: ResolvedExperiment, federated: Experiment) -> tuple[Exper
 def run_seeds(
     experiments: Mapping[int, Mapping[str, Experiment]],
     on_row: Callable[[str, Row], None],
-    checkpoints: Path | None = None,
+    folder: Path | None = None,
     *,
     white_box: bool,
 ) -> tuple[list[SeedResult], bool]:
@@ -129,7 +129,7 @@ def run_seeds(
     Args:
       experiments: by seed and label; the first label is the method itself.
       on_row: called with a label and each row of its metrics.
-      checkpoints: a folder in which each run has one of its own (`run`).
+      folder: in which each run has one of its own (`run`).
       white_box: whether to find the ceiling of each seed too.
 
     Raises:
@@ -141,7 +141,7 @@ def run_seeds(
         for seed, variants_of_seed in experiments.items():
             outcomes = {}
             for number, (label, experiment) in enumerate(variants_of_seed.items()):
-                own = None if checkpoints is None else checkpoints / f"seed-{seed}" / f"run-{number}"
+                own = None if folder is None else folder / f"seed-{seed}" / f"run-{number}"
                 outcomes[label] = run(experiment, functools.partial(on_row, label), own)
                 if outcomes[label].summary["stopped_by"] == "interrupted":
                     raise KeyboardInterrupt

@@ -11,9 +11,10 @@ import numpy as np
 from jax import Array
 
 from fedbbpt_jax.data.buckets import plan_buckets, take_bucket
+from fedbbpt_jax.errors import QueryFailedError
 from fedbbpt_jax.objectives import cross_entropy
 from fedbbpt_jax.training.metrics import METRICS, confusion_matrix
-from fedbbpt_jax.types import BlackBox, Examples, Metric, Objective, Params, PromptGenerator, Query
+from fedbbpt_jax.types import BlackBox, Examples, Metric, Objective, Params, PromptGenerator, Query, Response
 
 
 class Evaluation(NamedTuple):
@@ -71,6 +72,51 @@ def compile_evaluation(
 
         loss, confusion = jax.lax.map(one_model, params)
         return Evaluation(loss.mean(), confusion, jnp.asarray(len(loss) * size))
+
+    return evaluate
+
+
+def host_evaluation(
+    generator: PromptGenerator, objective: Objective, *, chunk_size: int = 64
+) -> Callable[[BlackBox, Params, Examples], Evaluation]:
+    """Returns what `compile_evaluation` returns, around a box that is called on the host with whole arrays.
+
+    An example without a usable answer counts for nothing.
+
+    Args:
+      generator: makes the prompt from each model's parameters.
+      objective: the loss to report.
+      chunk_size: examples of one query.
+
+    Raises:
+      QueryFailedError: when called, where no example had a usable answer; whatever the box raises passes through.
+    """
+    generate = jax.jit(generator.generate)
+
+    @jax.jit
+    def count(response: Response, labels: Array) -> tuple[Array, Array, Array]:
+        scores, valid = jax.tree.map(lambda x: x[0, 0], response)
+        losses = jnp.where(valid, objective(jnp.where(valid[:, None], scores, 0.0), labels), 0.0)
+        return losses.sum(), confusion_matrix(labels, scores.argmax(-1), scores.shape[-1], valid), valid.sum()
+
+    def evaluate_one(box: BlackBox, model: Params, examples: Examples) -> tuple[Array, Array]:
+        found = []
+        for start in range(0, len(examples.labels), chunk_size):
+            batch = jax.tree.map(lambda x, start=start: x[start : start + chunk_size], examples)
+            prompt = generate(model, batch.features)
+            response = box(Query(jax.tree.map(lambda x: x[None, None], prompt), batch.inputs[None]))
+            found.append(count(Response(*map(jnp.asarray, response)), batch.labels))
+        loss, confusion, num_valid = (sum(parts) for parts in zip(*found, strict=True))
+        if not num_valid:
+            raise QueryFailedError("an evaluation had no usable answer")
+        return jnp.asarray(loss / num_valid), jnp.asarray(confusion)
+
+    def evaluate(box: BlackBox, params: Params, examples: Examples) -> Evaluation:
+        num_models = len(jax.tree.leaves(params)[0])
+        models = [jax.tree.map(lambda x, m=m: x[m], params) for m in range(num_models)]
+        losses, confusions = zip(*(evaluate_one(box, model, examples) for model in models), strict=True)
+        num_requests = jnp.asarray(num_models * len(examples.labels))
+        return Evaluation(jnp.stack(losses).mean(), jnp.stack(confusions), num_requests)
 
     return evaluate
 

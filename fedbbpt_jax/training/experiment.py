@@ -80,6 +80,7 @@ class Experiment:
       shots: training examples per class, over all clients; 16, or 4 per client of the digits' tasks, if left out.
       test_limit: most test images, drawn once for all seeds; all if left out.
       model: the frozen CLIP, RoBERTa or BERT: one of `fedbbpt list models`, a folder, or a hub id; by task if left out.
+      url: of a server that serves that model (fedbbpt serve), which is asked in place of one in this process.
       revision: branch, tag or commit of the model on the hub.
       generator: the prompt's form (`fedbbpt list generators`); by task and estimator if left out.
       encoder: what a coordinator sees an image by: a ViT-MAE, ViT or DINO folder or hub id; mean colours if left out.
@@ -119,6 +120,7 @@ class Experiment:
     shots: int | None = None
     test_limit: int | None = None
     model: str | None = None
+    url: str | None = None
     revision: str | None = None
     generator: Literal["low-resolution", "full", "frame", "coordinator", "soft", "deep", "tokens"] | None = None
     encoder: str | None = None

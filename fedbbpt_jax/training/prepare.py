@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,6 +15,8 @@ from jax import Array
 from jax.sharding import Mesh
 
 from fedbbpt_jax.black_box.frozen import query_only
+from fedbbpt_jax.black_box.ledger.ledger import Ledger
+from fedbbpt_jax.errors import QueryFailedError
 from fedbbpt_jax.federated.cohort import ClientData, pack
 from fedbbpt_jax.federated.host import host_rounds
 from fedbbpt_jax.federated.mesh import make_mesh, place_clients, replicate
@@ -21,7 +24,7 @@ from fedbbpt_jax.federated.placement import RunRounds, compile_rounds, shard_rou
 from fedbbpt_jax.federated.streaming import stream_rounds
 from fedbbpt_jax.training.build import PromptSizes, build_method, build_participation
 from fedbbpt_jax.training.chunk_size import choose_chunk_size
-from fedbbpt_jax.training.evaluate import Evaluation, compile_evaluation, in_buckets
+from fedbbpt_jax.training.evaluate import Evaluation, compile_evaluation, host_evaluation, in_buckets
 from fedbbpt_jax.training.experiment import Experiment, ResolvedExperiment
 from fedbbpt_jax.training.load import (
     client_end,
@@ -31,7 +34,8 @@ from fedbbpt_jax.training.load import (
     split_among_clients,
 )
 from fedbbpt_jax.training.resolve import resolve, without_data
-from fedbbpt_jax.types import BlackBox, Examples, Method, Params, PyTree, Task
+from fedbbpt_jax.training.served import Served
+from fedbbpt_jax.types import BlackBox, Examples, Method, Params, PyTree, Query, Response, Task
 
 
 class Programs(NamedTuple):
@@ -52,7 +56,7 @@ class Programs(NamedTuple):
 def compiled_programs(e: ResolvedExperiment, prompt: PromptSizes) -> Programs:
     """Returns the programs of an experiment `without_data`, so that seeds and partitions share compilations."""
     method = build_method(e, prompt)
-    evaluate = compile_evaluation(method.generator, method.objective)
+    evaluate = (compile_evaluation if e.url is None else host_evaluation)(method.generator, method.objective)
     what = method, build_participation(e)
     sizes = {"local_steps": e.local_steps, "batch_size": e.batch_size}
     match e.placement:
@@ -84,6 +88,7 @@ class Setup(NamedTuple):
       server: its state before the first round.
       payload: bytes (down, up) of one client and round.
       key: of all rounds.
+      ledger: what pays for the answers of a served model; None where the model is in this process.
     """
 
     experiment: ResolvedExperiment
@@ -99,17 +104,26 @@ class Setup(NamedTuple):
     server: PyTree
     payload: tuple[int, int]
     key: Array
+    ledger: Ledger | None = None
+
+    def counted_as(self, account: str) -> AbstractContextManager[None]:
+        """Counts what is asked within in an account of its own, where somebody counts."""
+        return nullcontext() if self.ledger is None else self.ledger.counted_as(account)
 
 
-def prepare(experiment: Experiment) -> Setup:
+def prepare(experiment: Experiment, served: Served | None = None) -> Setup:
     """Returns the setup of an experiment: nothing is queried, but for a model that is new here, which is timed once.
+
+    Args:
+      experiment: sizes that are left out are resolved.
+      served: the model that its `url` tells of; without it, the setup of such an experiment can be looked at only.
 
     Raises:
       ValueError, TaskError, CheckpointError: the experiment cannot be run as described.
     """
     e = resolve(experiment)
     task = load_experiment_task(e)
-    bare = query_only(load_classifier(e, task))
+    bare = query_only(load_classifier(e, task)) if e.url is None else _nobody if served is None else served.box
     box, sizes = client_end(e, bare), prompt_sizes(e, task)
     if not e.chunk_size:
         method = build_method(e, sizes)
@@ -123,7 +137,13 @@ def prepare(experiment: Experiment) -> Setup:
     payload = method.federation.payload_bytes(client)
     server = method.federation.init(client)
     validation, test = (on_device(in_buckets(part)) for part in (task.validation, task.test))
-    return Setup(e, task, validation, test, parts, bare, box, rounds_box, clients, programs, server, payload, key)
+    ledger = None if served is None else served.ledger
+    whole = task, validation, test, parts, bare, box, rounds_box, clients, programs, server, payload, key
+    return Setup(e, *whole, ledger)
+
+
+def _nobody(query: Query, /) -> Response:
+    raise QueryFailedError("nobody is asked before a run begins")
 
 
 def _where_rounds_run(

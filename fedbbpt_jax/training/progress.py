@@ -106,6 +106,7 @@ def keep(runs: Sequence[Progress], folder: Path | None) -> None:
             "rows": run.rows,
             "num_eval_requests": run.num_eval_requests,
             "seconds": time.perf_counter() - run.started,
+            "journal": None if run.setup.ledger is None else list(run.setup.ledger.position()),
         }
         for run in runs
     ]
@@ -124,7 +125,8 @@ def _take_up(run: Progress, server: PyTree, reached: Any, step: int) -> None:
 def evaluate_on(setup: Setup, server: PyTree, parts: Sequence[Examples]) -> Evaluation:
     """Returns the accuracy and loss of a server's prompts on held-out examples."""
     params = outcome_params(setup, server)
-    return together([setup.programs.evaluate(setup.box, params, part) for part in parts])
+    with setup.counted_as("evaluation"):
+        return together([setup.programs.evaluate(setup.box, params, part) for part in parts])
 
 
 def outcome_params(setup: Setup, server: PyTree) -> Params:

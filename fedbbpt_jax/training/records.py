@@ -21,7 +21,7 @@ from fedbbpt_jax.training.experiment import Experiment, TextOptions
 from fedbbpt_jax.training.progress import Row
 from fedbbpt_jax.training.run import Outcome
 
-METRICS = "metrics.jsonl"
+METRICS, PROMPT = "metrics.jsonl", "prompt.safetensors"
 _PACKAGES = ("fedbbpt_jax", "jax", "jaxlib", "flax", "optax", "transformers", "numpy", "scikit-learn")
 
 
@@ -112,12 +112,16 @@ def write_prompt(folder: Path, outcome: Outcome) -> None:
     """Writes `prompt.safetensors`: the generator's parameters and the prompts they make; words also to `prompt.txt`."""
     if outcome.prompt_text is not None:
         (folder / "prompt.txt").write_text(outcome.prompt_text + "\n")
-    params = traverse_util.flatten_dict({"params": outcome.params})
-    tensors = {".".join(map(str, path)): np.array(value, order="C") for path, value in params.items()}
-    tensors["prompt"] = np.array(outcome.prompts, order="C")
     made_by = json.dumps({"generator": outcome.experiment.generator, "task": outcome.task.name})
     # One entry, because safetensors writes several in an order that differs between processes.
-    save_file(tensors, folder / "prompt.safetensors", metadata={"fedbbpt_jax": made_by})
+    save_file(prompt_tensors(outcome), folder / PROMPT, metadata={"fedbbpt_jax": made_by})
+
+
+def prompt_tensors(outcome: Outcome) -> dict[str, np.ndarray]:
+    """Returns the generator's parameters and the prompts that they make, by name."""
+    params = traverse_util.flatten_dict({"params": outcome.params})
+    tensors = {".".join(map(str, path)): np.array(value, order="C") for path, value in params.items()}
+    return tensors | {"prompt": np.array(outcome.prompts, order="C")}
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -48,6 +48,7 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
         text=replace(e.text, label_words=tuple(e.text.label_words)),
         cohort=e.cohort or e.num_clients,
         placement=_placement(e),
+        chunk_size=e.chunk_size if e.url is None else 1,
         num_rounds=min(e.num_rounds or e.budget, e.budget // requests),
         perturbation_size=e.perturbation_size or _default_perturbation_size(e),
         lr=e.lr or _default_lr(e),
@@ -94,6 +95,7 @@ def without_data(experiment: ResolvedExperiment) -> ResolvedExperiment:
         shots=1,
         test_limit=None,
         model="",
+        url=None if experiment.url is None else "",
         revision=None,
         encoder=None,
         partition="iid",
@@ -150,6 +152,8 @@ def _check_numbers(e: Experiment) -> None:
 
 
 def _check_choices(e: ResolvedExperiment) -> None:
+    if e.url is not None and (e.placement not in ("auto", "host") or is_of_texts(e)):
+        raise ValueError(f"--url is for images and --placement host, got task {e.task} and --placement {e.placement}")
     if e.federation != "fedavg" and e.client_state != "averaged" and e.optimizer != "cma-es":
         raise ValueError(f"--client-state {e.client_state} is of --federation fedavg, got {e.federation}")
     if e.federation == "isolated" and e.server_optimizer != "none":
@@ -183,7 +187,7 @@ def _placement(e: Experiment) -> str:
     num_devices = jax.device_count()
     if num_devices > e.num_clients and (e.placement == "shard" or jax.process_count() > 1):
         raise ValueError(f"--placement shard needs a client for each of {num_devices} devices, got {e.num_clients}")
-    if e.placement != "auto":
-        return e.placement
+    if e.placement != "auto" or e.url is not None:
+        return e.placement if e.url is None else "host"
     spread = jax.process_count() > 1 or (num_devices > 1 and jax.default_backend() != "cpu")
     return "shard" if spread and num_devices <= e.num_clients else "compile"

@@ -18,6 +18,8 @@ from fedbbpt_jax.training.experiment import Experiment, ResolvedExperiment
 from fedbbpt_jax.training.load_texts import prompt_words
 from fedbbpt_jax.training.prepare import Setup, prepare
 from fedbbpt_jax.training.progress import Progress, Row, begin, evaluate_on, keep, outcome_params
+from fedbbpt_jax.training.resolve import requests_per_round
+from fedbbpt_jax.training.served import CHECKPOINTS, asking
 from fedbbpt_jax.types import Params, Task
 
 NUM_SHOWN = 6
@@ -47,7 +49,7 @@ class Outcome(NamedTuple):
 
 
 def run(
-    experiment: Experiment, on_row: Callable[[Row], None] = lambda row: None, checkpoints: Path | None = None
+    experiment: Experiment, on_row: Callable[[Row], None] = lambda row: None, folder: Path | None = None
 ) -> Outcome:
     """Returns the outcome of an experiment; the test part is used for the two accuracies of the summary only.
 
@@ -56,20 +58,37 @@ def run(
     Args:
       experiment: what to run; sizes left out are resolved.
       on_row: called with each row of metrics as it comes; after a resume with those from before too.
-      checkpoints: a folder of this run alone: what was reached is saved there after each evaluation, and taken up from
-        there if it holds something. What a resumed run comes to is what it would have come to, bit for bit.
+      folder: of this run alone: what was reached is saved there after each evaluation, and so is each answer of a
+        served model; both are taken up from there. What a resumed run comes to is what it would have come to, bit for
+        bit.
 
     Raises:
       ValueError, TaskError, CheckpointError: the experiment cannot be run as described.
-      CorruptCheckpointError: all checkpoints are damaged, or of another run.
+      CorruptCheckpointError, JournalError: what the folder holds is damaged, or of another run.
+      BudgetExceededError, QuotaError, QueryFailedError, ModelDriftError: a served model cannot be asked any more; what
+        was reached is saved.
       DeviceMemoryError: the device has too little memory for it.
     """
     started = time.perf_counter()
-    setup = prepare(experiment)
+    with asking(experiment, folder) as served:
+        return play(prepare(experiment, served), started, on_row, folder)
+
+
+def play(setup: Setup, started: float, on_row: Callable[[Row], None], folder: Path | None) -> Outcome:
+    """Returns the outcome of a run that is set up; as `run`, which asks a served model where there is one.
+
+    Args:
+      setup: of the run.
+      started: by the clock.
+      on_row: as for `run`.
+      folder: as for `run`.
+    """
+    checkpoints = None if folder is None else folder / CHECKPOINTS
     zero_shot = without_prompt(setup)
     compile_seconds = _compile(setup)
     progress = Progress(setup, started)
-    stopped_by = "rounds" if setup.experiment.num_rounds == experiment.num_rounds else "budget"
+    e = setup.experiment
+    stopped_by = "rounds" if e.budget - e.num_rounds * requests_per_round(e) >= requests_per_round(e) else "budget"
     try:
         begin([progress], checkpoints, lambda _, row: on_row(row))
         for rounds in segments(setup.experiment)[progress.num_segments :]:
@@ -143,6 +162,8 @@ def segments(e: ResolvedExperiment) -> np.ndarray:
 
 def _compile(setup: Setup) -> float:
     """Returns the seconds it took to compile the rounds, by playing a segment of skipped ones."""
+    if setup.ledger is not None:
+        return 0.0
     started = time.perf_counter()
     skipped = np.full_like(segments(setup.experiment)[0], -1)
     jax.block_until_ready(setup.programs.run_rounds(setup.rounds_box, setup.server, setup.clients, setup.key, skipped))

@@ -22,32 +22,33 @@ from fedbbpt_jax.training.prepare import prepare
 from fedbbpt_jax.training.progress import Progress, Row, begin, keep
 from fedbbpt_jax.training.resolve import without_data
 from fedbbpt_jax.training.run import Outcome, advice_on_memory, finish, segments, without_prompt
+from fedbbpt_jax.training.served import CHECKPOINTS
 
 
 def run_sweep(
     experiments: Mapping[int, Mapping[str, Experiment]],
     on_row: Callable[[str, Row], None],
-    checkpoints: Path | None = None,
+    folder: Path | None = None,
 ) -> tuple[list[SeedResult], bool]:
     """Returns the results of each seed, all runs played together, and whether an interrupt ended them.
 
     Args:
       experiments: by seed and label.
       on_row: called with a label and each row of its metrics.
-      checkpoints: as for `run_together`.
+      folder: as for `run_together`.
 
     Raises:
       ValueError: as for `run_together`.
     """
     runs = [(label, e) for of_seed in experiments.values() for label, e in of_seed.items()]
-    outcomes = iter(run_together([e for _, e in runs], lambda i, row: on_row(runs[i][0], row), checkpoints))
+    outcomes = iter(run_together([e for _, e in runs], lambda i, row: on_row(runs[i][0], row), folder))
     results = [SeedResult({label: next(outcomes) for label in of_seed}, None) for of_seed in experiments.values()]
     first = next(iter(results[0].outcomes.values()))
     return results, first.summary["stopped_by"] == "interrupted"
 
 
 def run_together(
-    experiments: Sequence[Experiment], on_row: Callable[[int, Row], None], checkpoints: Path | None = None
+    experiments: Sequence[Experiment], on_row: Callable[[int, Row], None], folder: Path | None = None
 ) -> list[Outcome]:
     """Returns the outcome of each experiment; all of them play their rounds in one program.
 
@@ -57,12 +58,12 @@ def run_together(
     Args:
       experiments: which may differ in seed and step size.
       on_row: called with the number of an experiment and each row of its metrics.
-      checkpoints: as for `run`, of all of them together.
+      folder: as for `run`, of all of them together.
 
     Raises:
       ValueError: they differ in more; and whatever `run` raises.
     """
-    started = time.perf_counter()
+    started, checkpoints = time.perf_counter(), None if folder is None else folder / CHECKPOINTS
     setups = [prepare(experiment) for experiment in experiments]
     first = setups[0]
     shapes = {replace(without_data(s.experiment), lr=0.0) for s in setups}

@@ -67,8 +67,8 @@ def test_killed_twice_and_then_finished_twice(tmp_path):
     for number in (2, 3):
         with pytest.raises(Killed):
             run(TINY, kill_at(number, []), tmp_path)
-    check_same(run(TINY, checkpoints=tmp_path), expected)
-    check_same(run(TINY, checkpoints=tmp_path), expected)  # a finished run has nothing left to play
+    check_same(run(TINY, folder=tmp_path), expected)
+    check_same(run(TINY, folder=tmp_path), expected)  # a finished run has nothing left to play
 
 
 @pytest.mark.slow
@@ -86,4 +86,4 @@ def test_another_experiment_is_refused(tmp_path):
     with pytest.raises(Killed):
         run(TINY, kill_at(2, []), tmp_path)
     with pytest.raises(CorruptCheckpointError, match="of another experiment"):
-        run(replace(TINY, lr=0.123), checkpoints=tmp_path)
+        run(replace(TINY, lr=0.123), folder=tmp_path)

@@ -70,7 +70,7 @@ def v2_routes(service: Service) -> APIRouter:
         check(name, model_version)
         scores = {"name": OUTPUT, "datatype": "FP32", "shape": [-1, -1, model.rows.num_classes]}
         about = {"system_fingerprint": fingerprint(service, request), "class_names": list(model.class_names)}
-        about |= {"num_rows": model.rows.num_rows, "max_requests": service.limits.rows}
+        about |= {"num_rows": model.rows.num_rows, "max_rows": service.limits.rows}
         return {
             "name": model.name,
             "versions": [MODEL_VERSION],
