@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from fedbbpt_jax.black_box.frozen import Precision, clip_classifier
 from fedbbpt_jax.data.client_shifts import shift_clients
@@ -17,7 +18,7 @@ from fedbbpt_jax.models.classifiers import as_float
 from fedbbpt_jax.models.features import vit_features
 from fedbbpt_jax.models.loading import PretrainedCLIP, PretrainedViT, load_clip, load_vit
 from fedbbpt_jax.pretrained import MINI_CLIP
-from fedbbpt_jax.prompts.soft import projected
+from fedbbpt_jax.prompts.soft import check_fingerprint, fingerprint, projected
 from fedbbpt_jax.training.build import PromptSizes
 from fedbbpt_jax.training.experiment import ResolvedExperiment
 from fedbbpt_jax.training.load_texts import (
@@ -80,8 +81,17 @@ def load_classifier(e: ResolvedExperiment, task: Task) -> BlackBox:
 
 
 def client_end(e: ResolvedExperiment, box: BlackBox) -> BlackBox:
-    """Returns what a client's prompts are sent to: the box, behind the projection where prompts are soft ones."""
-    return projected(box, load_projection(e)) if e.generator in SOFT_GENERATORS else box
+    """Returns what a client's prompts are sent to: the box, behind the projection where prompts are soft ones.
+
+    Raises:
+      ValueError: another process of the run has drawn another projection.
+    """
+    if e.generator not in SOFT_GENERATORS:
+        return box
+    projection = load_projection(e)
+    if jax.process_count() > 1:
+        check_fingerprint(projection, multihost_utils.broadcast_one_to_all(fingerprint(projection)))
+    return projected(box, projection)
 
 
 def prompt_sizes(e: ResolvedExperiment, task: Task) -> PromptSizes:

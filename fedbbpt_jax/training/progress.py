@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from fedbbpt_jax.errors import CorruptCheckpointError
 from fedbbpt_jax.federated.mesh import here
 from fedbbpt_jax.federated.round import RoundInfo
+from fedbbpt_jax.prompts.soft import Projected, check_fingerprint, fingerprint
 from fedbbpt_jax.training.checkpoint import Checkpoint, restore, save
 from fedbbpt_jax.training.evaluate import Evaluation, together
 from fedbbpt_jax.training.prepare import Setup
@@ -106,6 +108,7 @@ def keep(runs: Sequence[Progress], folder: Path | None) -> None:
             "rows": run.rows,
             "num_eval_requests": run.num_eval_requests,
             "seconds": time.perf_counter() - run.started,
+            "projection": _projection_seen(run.setup),
             "journal": None if run.setup.ledger is None else list(run.setup.ledger.position()),
         }
         for run in runs
@@ -116,10 +119,17 @@ def keep(runs: Sequence[Progress], folder: Path | None) -> None:
 def _take_up(run: Progress, server: PyTree, reached: Any, step: int) -> None:
     if reached["experiment"] != repr(run.setup.experiment):
         raise CorruptCheckpointError("the checkpoint is of another experiment: config.json was changed")
+    if isinstance(run.setup.box, Projected):
+        check_fingerprint(run.setup.box.projection, np.asarray(reached["projection"]))
     run.server, run.counts, run.rows = server, reached["counts"], reached["rows"]
     run.num_eval_requests, run.started = reached["num_eval_requests"], time.perf_counter() - reached["seconds"]
     if run.num_segments != step:
         raise CorruptCheckpointError(f"checkpoint {step} has rows of {run.num_segments} segments")
+
+
+def _projection_seen(setup: Setup) -> list[float] | None:
+    """Returns the fingerprint of the projection of soft prompts, where there is one."""
+    return np.asarray(fingerprint(setup.box.projection)).tolist() if isinstance(setup.box, Projected) else None
 
 
 def evaluate_on(setup: Setup, server: PyTree, parts: Sequence[Examples]) -> Evaluation:

