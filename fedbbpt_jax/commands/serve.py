@@ -98,7 +98,13 @@ def serve_command(command: Serve) -> int:
         model = load_served_model(command)
         app: Any = create_app(model, token=token)
         app = app if faults == Faults() else with_faults(app, faults, app.state.count_fault)
-        options = {"log_level": "warning", "access_log": False, "proxy_headers": False, "server_header": False}
+        options = {
+            "log_config": None,
+            "log_level": "warning",
+            "access_log": False,
+            "proxy_headers": False,
+            "server_header": False,
+        }
         server = uvicorn.Server(uvicorn.Config(app, timeout_graceful_shutdown=10, **options))
         host = f"[{command.host}]" if ":" in command.host else command.host
         address = f"http://{host}:{listener.getsockname()[1]}/v2/models/{model.name}"
