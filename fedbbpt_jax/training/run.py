@@ -143,6 +143,7 @@ def finish(progress: Progress, zero_shot: Evaluation, more: Row) -> Outcome:
         **progress.counts,
         **dict(zip(("downlink_bytes_per_client", "uplink_bytes_per_client"), setup.payload, strict=True)),
         "num_eval_requests": progress.num_eval_requests + 2 * int(final.num_requests),
+        **({} if setup.ledger is None else {"attempts": getattr(setup.bare, "counts", {})}),
         "wall_seconds": time.perf_counter() - progress.started,
         **more,
         "seed": setup.experiment.seed,
