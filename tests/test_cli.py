@@ -311,6 +311,7 @@ def test_an_interrupt_between_rounds_keeps_what_was_reached(tmp_path, monkeypatc
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_an_interrupt_before_the_record_counts_the_rounds_that_it_keeps(monkeypatch):
     """A real Ctrl-C mostly falls between rounds and record, where the loop waits; there the clock is read.
 

@@ -156,6 +156,7 @@ BAD_INPUTS = {
 }
 
 
+@pytest.mark.slow
 def test_an_encoder_has_no_prompt_in_each_layer(bert, capsys):
     assert cli.main(["run", "sst2", "--model", bert, "--generator", "deep", "--quiet"]) == 2
     assert "--generator deep is for masked language models" in capsys.readouterr().err

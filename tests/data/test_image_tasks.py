@@ -52,6 +52,7 @@ def one_split(tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("one"), {"": {"cat": 20, "dog": 10, "hen": 30}})
 
 
+@pytest.mark.slow
 def test_clothing_folder(real_images):
     """Every training image, shrunk, is one of its class in the training folder, and of no other part's folder."""
     folder = real_images / "clothing10"

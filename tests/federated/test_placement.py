@@ -128,6 +128,7 @@ def test_estimators_run_on_a_mesh(vectors, key, name):
 
 
 class TestHost:
+    @pytest.mark.slow
     def test_clients_that_stay_away_are_not_asked(self, vectors, key):
         """One query for each local step, of those who came; the padded and the absent cost nothing."""
         method, asked = make_method(weighted_mean()), []
@@ -177,6 +178,7 @@ def test_reports_and_views_on_any_placement(vectors, key):
     assert info.num_evaluations[0] == 3 * (4 * 2 + 1) * 3
 
 
+@pytest.mark.slow
 def test_a_report_is_of_the_solution_on_the_last_minibatch(vectors, key):
     """Worked out by hand: no optimizer moves, so that the loss is that of the start."""
     method = make_method(weighted_mean()._replace(report=lambda s, losses, valid: s._replace(params={"shift": losses})))

@@ -137,6 +137,7 @@ def test_same_seed_same_bits(clients, key):
     assert not jnp.array_equal(first.params["shift"], other.params["shift"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [1, 12])
 def test_chunks_change_speed_only(clients, key, chunk_size):
     expected, _ = play(make_method(), clients, key, [0, 1])

@@ -422,6 +422,7 @@ def told(optimizer, key, states):
     return keys, states, losses, jnp.ones(losses.shape, bool)
 
 
+@pytest.mark.slow
 def test_clients_are_mapped_and_decompose_each_in_its_own_generation(key):
     """C is decomposed in every second generation; of these clients two are where it is, and one where it is not."""
     optimizer = cma_es(4, 1.0)

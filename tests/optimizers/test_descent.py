@@ -26,6 +26,7 @@ def test_descends_a_quadratic(key):
     assert info.loss[-1] < 1e-2 * info.loss[0]
 
 
+@pytest.mark.slow
 def test_an_unanswered_step_counts_and_changes_no_number(key):
     optimizer = descent(spsa(rademacher(), 2, 0.01), optax.adam(0.1))
     state, _ = ask_and_tell(optimizer, key, optimizer.init(jnp.ones(3)), jnp.sum)

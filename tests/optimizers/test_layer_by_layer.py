@@ -22,6 +22,7 @@ def step(optimizer, key, state):
     return optimizer.tell(key, state, losses, jnp.ones(losses.shape, bool))[0]
 
 
+@pytest.mark.slow
 def test_each_layer_plays_as_if_the_others_were_constant(key):
     """Ranks do not see what the other layers add to all losses: each layer's run is that of plain CMA-ES."""
     inner = cma_es(K, initial_step_size=0.5)
@@ -41,6 +42,7 @@ def test_each_layer_plays_as_if_the_others_were_constant(key):
     np.testing.assert_allclose(optimizer.solution(state), jnp.stack([s.params for s in alone]), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(L, D), (1, D)])
 def test_it_finds_the_minimum(key, shape):
     optimizer = layer_by_layer(cma_es(K, initial_step_size=0.5))
@@ -55,6 +57,7 @@ def test_it_finds_the_minimum(key, shape):
     np.testing.assert_allclose(optimizer.solution(state), target, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_clients_may_have_different_turns(key):
     optimizer = layer_by_layer(cma_es(K, initial_step_size=0.5))
     first = optimizer.init(jnp.zeros((L, D)))

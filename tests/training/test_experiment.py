@@ -161,10 +161,11 @@ def test_bad_values_are_named_with_what_was_received_and_expected(name, value, e
 @pytest.mark.parametrize("generator", GENERATORS)
 def test_generators_make_prompts_of_the_size_of_the_images(generator):
     estimator = "policy-gradient" if generator == "tokens" else "spsa"
-    init, generate = build_generator(resolve(Experiment(generator=generator, estimator=estimator)), SIZES_OF_PROMPTS)
+    sizes = SIZES_OF_PROMPTS._replace(num_layers=3)
+    init, generate = build_generator(resolve(Experiment(generator=generator, estimator=estimator)), sizes)
     features = np.zeros((10, FEATURE_SIZE), np.float32)
     prompt = jax.eval_shape(lambda key: generate(init(key), features), jax.random.key(0))
-    others = {"soft": (50,), "tokens": (5,), "coordinator": (10, 32, 32, 3)}
+    others = {"soft": (50,), "deep": (3, 50), "tokens": (5,), "coordinator": (10, 32, 32, 3)}
     assert prompt.shape == others.get(generator, (32, 32, 3))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -25,20 +26,39 @@ class BackgroundLoop:
 
         Whoever interrupts the wait (Ctrl-C) cancels the coroutine, and goes on once that has cleaned up.
         """
+        answer: Future[T] = Future()
         ended = threading.Event()
+        answer.add_done_callback(lambda _: ended.set())
+        tasks: list[asyncio.Task[None]] = []
 
-        async def whole() -> T:
+        async def whole() -> None:
             try:
-                return await coroutine
-            finally:
-                ended.set()
+                answer.set_result(await coroutine)
+            except asyncio.CancelledError:
+                raise
+            except BaseException as error:
+                answer.set_exception(error)
 
-        future = asyncio.run_coroutine_threadsafe(whole(), self._loop)
-        try:
-            return future.result()
+        def end(_: object = None) -> None:
+            coroutine.close()  # of one that was cancelled before it began
+            answer.cancel()
+
+        def begin() -> None:
+            tasks.append(self._loop.create_task(whole()))
+            tasks[0].add_done_callback(end)
+
+        def give_up() -> None:
+            for task in tasks:
+                task.cancel()
+            if not tasks:
+                end()
+
+        try:  # begins within, so that no interrupt falls between the beginning and its end
+            self._loop.call_soon_threadsafe(begin)
+            return answer.result()
         except BaseException:
-            if not future.done():
-                future.cancel()
+            if not answer.done():
+                self._loop.call_soon_threadsafe(give_up)
                 ended.wait(_SECONDS_TO_STOP)
             raise
 

@@ -2,9 +2,11 @@
 
 import asyncio
 import threading
+from concurrent.futures import Future
 
 import pytest
 
+from fedbbpt_jax.black_box.client import background
 from fedbbpt_jax.black_box.client.background import BackgroundLoop
 
 
@@ -37,3 +39,25 @@ def test_it_works_within_a_running_loop():
             loop.close()
 
     assert asyncio.run(cell()) == 6
+
+
+def test_an_interrupt_before_the_wait_leaves_nothing_running(monkeypatch):
+    """It falls between the beginning of the coroutine and the wait for it."""
+
+    async def endless():
+        await asyncio.Event().wait()
+
+    async def others():
+        return len(asyncio.all_tasks()) - 1
+
+    class Interrupting(Future):
+        def result(self, timeout=None):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(background, "Future", Interrupting)
+    loop = BackgroundLoop()
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(endless())
+    monkeypatch.undo()
+    assert loop.run(others()) == 0
+    loop.close()

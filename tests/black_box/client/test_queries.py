@@ -37,6 +37,7 @@ def text_query(prompt, c=2, b=3):
     return Query(prompt, {"ids": np.zeros((c, b, 5), "i4"), "attended": np.ones((c, b, 5), bool)})
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=20)
 @given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 7), st.none() | st.integers(3, 30), st.booleans())
 def test_what_is_split_is_joined_again(c, k, b, max_rows, per_example):

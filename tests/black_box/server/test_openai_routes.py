@@ -295,6 +295,7 @@ JSON_TREES = st.recursive(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     path=st.sampled_from([CHAT, PROMPTS, EMBEDDINGS]),
