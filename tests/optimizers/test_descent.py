@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from fedbbpt_jax.estimators.directions import rademacher, segmented_uniform
 from fedbbpt_jax.estimators.spsa import spsa
