@@ -1,4 +1,4 @@
-"""The command line: `fedbbpt run`, `replay`, `serve`, `variance` and `list`.
+"""The command line: `fedbbpt run`, `replay`, `probe`, `serve`, `variance` and `list`.
 
 Exit codes: 0 done, 2 bad input, 3 the budget is spent, 4 the server says that there is no money, 5 the served model has
 changed, 6 what a run had saved is damaged, 130 interrupted by Ctrl-C or a signal to terminate. After 3, 4, 5 and 130
@@ -18,6 +18,7 @@ from typing import Annotated
 import tyro
 
 from fedbbpt_jax.commands.listing import List, list_command
+from fedbbpt_jax.commands.probe import Probe, probe_command
 from fedbbpt_jax.commands.replay import Replay, replay_command
 from fedbbpt_jax.commands.run import EXIT_INTERRUPTED, Run, asked_before, run_command
 from fedbbpt_jax.commands.serve import Serve, serve_command
@@ -44,6 +45,7 @@ EXITS: dict[type[FedBBPTError], int] = {
 Command = (
     Annotated[Run, tyro.conf.subcommand("run", prefix_name=False)]
     | Annotated[Variance, tyro.conf.subcommand("variance", prefix_name=False)]
+    | Annotated[Probe, tyro.conf.subcommand("probe", prefix_name=False)]
     | Annotated[Replay, tyro.conf.subcommand("replay", prefix_name=False)]
     | Annotated[Serve, tyro.conf.subcommand("serve", prefix_name=False)]
     | Annotated[List, tyro.conf.subcommand("list", prefix_name=False)]
@@ -61,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         match command:
             case List():
                 return list_command(command)
+            case Probe():
+                return probe_command(command)
             case Replay():
                 return replay_command(command)
             case Serve():

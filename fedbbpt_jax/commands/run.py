@@ -20,6 +20,7 @@ from fedbbpt_jax.training.experiment import Experiment
 from fedbbpt_jax.training.forecast import forecast, forecast_line
 from fedbbpt_jax.training.partition_report import partition_summary, partition_table, write_partition_figure
 from fedbbpt_jax.training.prepare import Setup, prepare
+from fedbbpt_jax.training.probing import probed
 from fedbbpt_jax.training.processes import Processes, speaks
 from fedbbpt_jax.training.progress import Row
 from fedbbpt_jax.training.records import (
@@ -55,6 +56,7 @@ class Run:
       seeds: several runs, as 0..4 or 0,3,7; overrides --seed.
       lr: step size at the start, decaying by a cosine to 0.3 of it; by optimizer if left out. Several, as 0.003,0.01,
         are a sweep: all runs play in one program, and are compared on validation data.
+      perturbation_size: in parameter units; by estimator if left out, and by a probe of the black box if auto.
       compare: run the baselines too, and report the share of the white-box gain that was recovered.
       dry_run: show who would hold what and what it would cost, and end; a few queries are timed for that, and files
         written only to an --output-dir.
@@ -68,6 +70,7 @@ class Run:
     experiment: tyro.conf.OmitArgPrefixes[Experiment] = field(default_factory=Experiment)
     seeds: str | None = None
     lr: str | None = None
+    perturbation_size: str | None = None
     compare: bool = False
     dry_run: bool = False
     output_dir: Path | None = None
@@ -79,6 +82,7 @@ class Run:
 
 def run_command(command: Run) -> int:
     """Runs an experiment, several seeds or step sizes of it, or seeds beside their baselines, into one folder."""
+    command = sized(command)
     experiments = planned(command)
     seeds, is_sweep = list(experiments), len(_parse_lrs(command)) > 1
     run_all = run_sweep if is_sweep else functools.partial(run_seeds, white_box=command.compare)
@@ -161,6 +165,26 @@ def _show_partition(command: Run, setup: Setup) -> int:
 
 def _who_holds_what(setup: Setup) -> tuple[Sequence[np.ndarray], np.ndarray, Sequence[str]]:
     return setup.parts, setup.task.train.labels, setup.task.class_names
+
+
+def sized(command: Run) -> Run:
+    """Returns the command with the perturbation size in its experiment; `auto` is asked of the black box.
+
+    Raises:
+      ValueError: it is no number; and whatever a probe raises.
+    """
+    text = command.perturbation_size
+    if text is None:
+        return command
+    if text == "auto":
+        size = probed(replace(command.experiment, seed=_parse_seeds(command)[0])).perturbation_size
+        Console(quiet=command.quiet, stderr=True).print(f"perturbation size {size:.3g}, by a probe", highlight=False)
+    else:
+        try:
+            size = float(text)
+        except ValueError as error:
+            raise ValueError(f"--perturbation-size must be a number or auto, got {text!r}") from error
+    return replace(command, perturbation_size=None, experiment=replace(command.experiment, perturbation_size=size))
 
 
 def planned(command: Run) -> dict[int, dict[str, Experiment]]:

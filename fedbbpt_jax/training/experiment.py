@@ -140,7 +140,7 @@ class Experiment:
     batch_size: int = 4
     estimator: str = "spsa"
     num_directions: int | None = None
-    perturbation_size: float | None = None
+    perturbation_size: Annotated[float | None, tyro.conf.Suppress] = None
     optimizer: Literal["adam", "sgd", "cma-es", "fedbpt"] = "adam"
     lr: Annotated[float | None, tyro.conf.Suppress] = None
     budget: int = 64_000

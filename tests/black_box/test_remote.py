@@ -500,6 +500,15 @@ def test_no_fault_leads_past_the_budget(seed, idempotent, budget):
 # Interruption
 
 
+@pytest.fixture
+def interruptible():
+    """Lets SIGINT interrupt, which a job in a shell's background inherits as ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_leaves_the_ledger_in_order(server, tmp_path):
     """What was answered is kept, what was on its way is in doubt, what was not sent is released."""
     path = tmp_path / "j"

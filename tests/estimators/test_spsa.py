@@ -125,6 +125,7 @@ class TestContract:
         assert jax.tree.map(jax.typeof, state) == jax.tree.map(lambda x: jax.typeof(jnp.zeros(x.shape, x.dtype)), after)
         assert [x.shape for x in info] == [(), (), ()]
 
+    @pytest.mark.slow
     def test_steps_one_by_one_are_those_under_vmap_and_trace_once(self, name):
         """Candidates one after the other from the last. Losses of 10 carry 1e-6 each, which 1/c makes 1e-5, and
         standardising those that hardly differ ten times more.

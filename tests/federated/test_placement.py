@@ -192,9 +192,8 @@ def test_a_report_is_of_the_solution_on_the_last_minibatch(vectors, key):
 
 
 class TestStream:
-    @pytest.mark.parametrize(
-        "group_size", [4, pytest.param(1, marks=pytest.mark.slow), pytest.param(64, marks=pytest.mark.slow)]
-    )
+    @pytest.mark.parametrize("group_size", [1, 4, 64])
+    @pytest.mark.slow
     def test_groups_change_memory_only(self, vectors, key, group_size):
         method, who = make_method(weighted_mean()), PARTICIPATIONS["drop-out"]
         expected = play(compile_rounds(method, who, **SIZES), method, pack(vectors, PARTS), key, [0, -1, 2])
