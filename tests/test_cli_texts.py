@@ -137,6 +137,7 @@ def test_a_dry_run_tells_the_cost_first(tmp_path, roberta, capsys):
     assert cost["uplink_bytes"] == cost["num_rounds"] * CLIENTS * 3 * (5 * 9 * 4)
     assert 0 < cost["seconds"] < 10_000
     assert f"would cost {cost['num_requests']:,} requests" in err
+    assert f"and {cost['num_eval_requests']:,} for evaluation" in err
 
 
 BAD_INPUTS = {

@@ -160,6 +160,11 @@ def test_the_command_line_replays_and_tells_drift(model, tmp_path, capsys):
     assert "damaged" in capsys.readouterr().err
 
 
+def test_a_dry_run_asks_nobody(capsys):
+    assert cli.main(["run", "--url", "http://127.0.0.1:9", *OPTIONS, "--dry-run"]) == 0
+    assert "for evaluation, " in capsys.readouterr().err
+
+
 def test_where_nobody_answers():
     with pytest.raises(QueryFailedError):
         run(replace(TINY, url="http://127.0.0.1:9"))
