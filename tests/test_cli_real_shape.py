@@ -1,4 +1,4 @@
-"""The command line on models of the published shape, from random checkpoints, and on real photographs."""
+"""The command line on models of the published width, two layers deep and random, and on real photographs."""
 
 import json
 import os
@@ -19,6 +19,7 @@ from fedbbpt_jax.models.vit_mae import VIT_DIALECT, ViTEncoder
 from fedbbpt_jax.pretrained import MINI_CLIP
 
 PHOTOGRAPHS = Path(os.environ.get("FEDBBPT_DATA", "")) / "image" / "clothing10"
+SHALLOW = {"num_hidden_layers": 2}
 PIXELS = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
 PIXELS |= {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
 
@@ -54,14 +55,15 @@ def test_published_coordinator_on_photographs(tmp_path):
     write_random(
         tmp_path / "clip",
         CLIP,
-        CLIPConfig(text_config={"eos_token_id": 30}, vision_config={"patch_size": 16}),
+        CLIPConfig(text_config={"eos_token_id": 30, **SHALLOW}, vision_config={"patch_size": 16, **SHALLOW}),
         CLIP_DIALECT,
     )
-    write_random(tmp_path / "mae", ViTEncoder, ViTMAEConfig(), VIT_DIALECT)
+    write_random(tmp_path / "mae", ViTEncoder, ViTMAEConfig(**SHALLOW), VIT_DIALECT)
     folder = tmp_path / "run"
     arguments = f"run --data {PHOTOGRAPHS} --model {tmp_path / 'clip'} --encoder {tmp_path / 'mae'}"
     arguments += " --generator coordinator --optimizer sgd --num-clients 2 --num-rounds 1 --local-steps 1"
-    arguments += f" --shots 2 --batch-size 2 --num-directions 2 --test-limit 10 --quiet --output-dir {folder}"
+    arguments += f" --shots 2 --batch-size 2 --num-directions 2 --test-limit 10 --chunk-size 4 --quiet"
+    arguments += f" --output-dir {folder}"
     assert cli.main(arguments.split()) == 0
 
     summary = json.loads((folder / "summary.json").read_text())

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="FEDBBPT_DATA names no
 SMALL = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "num_hidden_layers": 2}
 CLIENTS, STEPS, BATCH, SAMPLES = 2, 3, 2, 4
 SIZES = ["--num-clients", "2", "--local-steps", "3", "--batch-size", "2", "--num-directions", "4", "--partition", "iid"]
-FEW = [*SIZES, "--test-limit", "8", "--shots", "2", "--num-rounds", "2", "--quiet"]
+FEW = [*SIZES, "--test-limit", "8", "--shots", "2", "--num-rounds", "2", "--chunk-size", "4", "--quiet"]
 
 
 def write_random(folder, network, config, dialect, tokenizer):

@@ -11,8 +11,6 @@ import functools
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 CANVAS = 32
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -53,6 +51,9 @@ class Split(NamedTuple):
 @functools.cache
 def split_scans() -> Split:
     """Returns the fixed, stratified split of the scans by image."""
+    from sklearn.datasets import load_digits  # here, because it takes a second that few commands need
+    from sklearn.model_selection import train_test_split
+
     pixels, classes = load_digits(return_X_y=True)
     scans = Scans((np.asarray(pixels).reshape(-1, 8, 8) / 16.0).astype(np.float32), np.asarray(classes, np.int32))
     rest, test = train_test_split(np.arange(len(scans.classes)), test_size=500, stratify=scans.classes, random_state=0)

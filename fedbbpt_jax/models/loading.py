@@ -1,4 +1,7 @@
-"""Pre-trained networks by hub id or folder: structure, weights, and what turns text and pixels into their inputs."""
+"""Pre-trained networks by hub id or folder: structure, weights, and what turns text and pixels into their inputs.
+
+Transformers is imported where it is used: with torch beside it that takes longer than all other imports together.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,6 @@ import numpy as np
 from flax import nnx
 from PIL.Image import Image
 from tokenizers import AddedToken
-from transformers import AutoTokenizer, BertConfig, CLIPConfig, RobertaConfig, ViTConfig, ViTMAEConfig
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from fedbbpt_jax.errors import CheckpointError
 from fedbbpt_jax.models.bert import BERT_DIALECT, BertEncoder
@@ -85,6 +86,9 @@ def load_clip(source: str | Path, revision: str | None = None) -> PretrainedCLIP
       CheckpointError: nothing is found, a file is missing or unreadable, it is another kind of model, or tensors are
         missing, unexpected or of another shape (all of them are listed).
     """
+    from transformers import CLIPConfig
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
     folder = find_checkpoint(source, revision)
     config = read_config(folder, {"clip": CLIPConfig})
     tokenizer, size = _tokenizer(folder), config.vision_config.image_size
@@ -104,6 +108,8 @@ def load_clip(source: str | Path, revision: str | None = None) -> PretrainedCLIP
 
 def load_vit(source: str | Path, revision: str | None = None) -> PretrainedViT:
     """Returns the encoder of a ViT-MAE, ViT or DINO checkpoint; arguments and errors as for `load_clip`."""
+    from transformers import ViTConfig, ViTMAEConfig
+
     folder = find_checkpoint(source, revision)
     config = read_config(folder, {"vit_mae": ViTMAEConfig, "vit": ViTConfig})
     pixels = PixelFormat(config.image_size, *_mean_and_std(folder))
@@ -112,6 +118,8 @@ def load_vit(source: str | Path, revision: str | None = None) -> PretrainedViT:
 
 def load_roberta(source: str | Path, revision: str | None = None) -> PretrainedText:
     """Returns a RoBERTa with its masked-language-model head; arguments and errors as for `load_clip`."""
+    from transformers import RobertaConfig
+
     folder = find_checkpoint(source, revision)
     config = read_config(folder, {"roberta": RobertaConfig})
     dialect = ROBERTA_DIALECT if config.tie_word_embeddings else ROBERTA_UNTIED_DIALECT
@@ -126,6 +134,8 @@ def load_roberta(source: str | Path, revision: str | None = None) -> PretrainedT
 
 def load_bert(source: str | Path, revision: str | None = None) -> PretrainedText:
     """Returns a BERT that embeds sentences, such as all-MiniLM-L6-v2; arguments and errors as for `load_clip`."""
+    from transformers import BertConfig
+
     folder = find_checkpoint(source, revision)
     config = read_config(folder, {"bert": BertConfig})
     tokenizer = _tokenizer(folder)
@@ -134,6 +144,8 @@ def load_bert(source: str | Path, revision: str | None = None) -> PretrainedText
 
 def load_text_model(source: str | Path, revision: str | None = None) -> PretrainedText:
     """Returns what `load_roberta` or `load_bert` does, by what the checkpoint says it is; errors as for `load_clip`."""
+    from transformers import BertConfig, RobertaConfig
+
     folder = find_checkpoint(source, revision)
     config = read_config(folder, {"roberta": RobertaConfig, "bert": BertConfig})
     return load_roberta(folder) if config.model_type == "roberta" else load_bert(folder)
@@ -155,6 +167,8 @@ def tokenize(tokenizer, texts: Sequence[str], max_length: int | None = None) -> 
 
 def _tokenizer(folder: Path) -> Any:
     """Returns the tokenizer stored in `folder`, as one file or as vocabulary and merges."""
+    from transformers import AutoTokenizer
+
     layouts = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",))
     if not any(all((folder / name).is_file() for name in layout) for layout in layouts):
         raise CheckpointError(f"{folder} holds no tokenizer.json, vocab.json with merges.txt, or vocab.txt")

@@ -11,7 +11,18 @@ import pytest
 
 from fedbbpt_jax import cli
 
-ARGUMENTS = ["run", "--num-clients", "4", "--budget", "1920", "--eval-every", "1", "--quiet"]  # 3 rounds
+ARGUMENTS = [
+    "run",
+    "--num-clients",
+    "4",
+    "--budget",
+    "1920",
+    "--eval-every",
+    "1",
+    "--chunk-size",
+    "8",
+    "--quiet",
+]  # 3 rounds
 
 
 def free_port():
