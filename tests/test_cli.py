@@ -162,7 +162,7 @@ def test_several_seeds_share_a_folder_and_repeat_single_runs(tiny_run, tmp_path,
     assert summary_of(folder) == json.loads((folder / "out.json").read_text())
     figures = summary_of(folder)["runs"]["federated"]
     assert figures["seed"] == [0, 1]
-    assert figures["stopped_by"] == ["rounds", "rounds"]
+    assert figures["stopped_by"] == ["budget", "budget"]
     assert figures["test_accuracy"][0] == summary_of(tiny_run.folder)["test_accuracy"]
     accuracies = {seed: [row["accuracy"] for row in rows_of(folder) if row["seed"] == seed] for seed in (0, 1)}
     assert accuracies[0] == [row["accuracy"] for row in rows_of(tiny_run.folder)]

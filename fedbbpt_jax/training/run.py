@@ -87,8 +87,7 @@ def play(setup: Setup, started: float, on_row: Callable[[Row], None], folder: Pa
     zero_shot = without_prompt(setup)
     compile_seconds = _compile(setup)
     progress = Progress(setup, started)
-    e = setup.experiment
-    stopped_by = "rounds" if e.budget - e.num_rounds * requests_per_round(e) >= requests_per_round(e) else "budget"
+    stopped_by = what_ends(setup.experiment)
     try:
         begin([progress], checkpoints, lambda _, row: on_row(row))
         for rounds in segments(setup.experiment)[progress.num_segments :]:
@@ -152,6 +151,11 @@ def finish(progress: Progress, zero_shot: Evaluation, more: Row) -> Outcome:
     prompts = _shown_prompts(setup, params)
     words = prompt_words(setup.experiment, prompts)
     return Outcome(setup.experiment, setup.task, params, prompts, words, rows, summary)
+
+
+def what_ends(e: ResolvedExperiment) -> str:
+    """Returns "budget" where no further round could be paid after the last one, "rounds" otherwise."""
+    return "rounds" if e.budget >= (e.num_rounds + 1) * requests_per_round(e) else "budget"
 
 
 def segments(e: ResolvedExperiment) -> np.ndarray:

@@ -21,7 +21,7 @@ from fedbbpt_jax.training.load import prompt_sizes
 from fedbbpt_jax.training.prepare import prepare
 from fedbbpt_jax.training.progress import Progress, Row, begin, keep
 from fedbbpt_jax.training.resolve import without_data
-from fedbbpt_jax.training.run import Outcome, advice_on_memory, finish, segments, without_prompt
+from fedbbpt_jax.training.run import Outcome, advice_on_memory, finish, segments, what_ends, without_prompt
 from fedbbpt_jax.training.served import CHECKPOINTS
 
 
@@ -77,7 +77,7 @@ def run_together(
     clients, keys = stack([s.clients for s in setups]), jnp.stack([s.key for s in setups])
     zero_shot = [without_prompt(s) for s in setups]
     runs = [Progress(s, started) for s in setups]
-    stopped_by = "rounds" if first.experiment.num_rounds == experiments[0].num_rounds else "budget"
+    stopped_by = what_ends(first.experiment)
     try:
         begin(runs, checkpoints, on_row)
         servers = jax.tree.map(lambda *x: jnp.stack(x), *(run.server for run in runs))
