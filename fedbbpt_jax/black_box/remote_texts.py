@@ -1,9 +1,8 @@
-"""Servers with the interface of OpenAI's as black boxes of texts: which label word would come next, and how surely.
+"""Served language models as black boxes of texts: which label word would come next, and how surely.
 
 The prompt and the input become one text on this side; the answer's log-probabilities of its first token say how likely
-each label word is. A server tells the likeliest few only: a row in which a label word is not among them is not used.
-
-Source: OpenAI, "API reference", `/v1/chat/completions` and `/v1/completions`.
+each label word is. Most servers tell the likeliest few only: a row in which a label word is not among them is not used.
+How each kind of server is asked stands in `client/text_api.py`.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ from fedbbpt_jax.black_box.client.connection import CAREFUL, Connection, Terms, 
 from fedbbpt_jax.black_box.client.delivery import Kept, Message, Reply
 from fedbbpt_jax.black_box.client.description import find_model
 from fedbbpt_jax.black_box.client.queries import query_axes
-from fedbbpt_jax.black_box.client.text_api import TextApi, word_score
+from fedbbpt_jax.black_box.client.text_api import TextApi
 from fedbbpt_jax.black_box.ledger.costs import Cost
 from fedbbpt_jax.black_box.ledger.ledger import Ledger
-from fedbbpt_jax.errors import JournalError
+from fedbbpt_jax.errors import JournalError, QueryFailedError
 from fedbbpt_jax.types import PyTree, Query, Response
 
 Render = Callable[[PyTree, PyTree], str]
@@ -62,7 +61,8 @@ class TextBox:
 
         Raises:
           BudgetExceededError: the budget does not pay for the query; nothing was sent.
-          QueryFailedError: the server refuses, or everything has failed for long.
+          QueryFailedError: the server refuses, its first answer has no log-probabilities, or everything has failed for
+            long.
           QuotaError: the server says that there is no money.
           ModelDriftError: the model has changed since the first answer.
           JournalError: this is a replay of a run that did not ask this.
@@ -121,13 +121,15 @@ class TextBox:
         api, words, ledger = self._api, self._words, self._ledger
 
         def read(reply: Reply) -> Kept:
-            body = _strict_json(reply.body)
-            scores = [[word_score(word, tops) for word in words] for tops in api.tops(body, len(texts))]
-            ledger.bind(api.path, f"{body.get('model')} {body.get('system_fingerprint') or ''}".strip(), {})
-            usage = body.get("usage")
-            billed = usage.get("total_tokens") if isinstance(usage, dict) else None
-            cost = Cost(len(texts), billed) if type(billed) is int and billed >= 0 else None
-            return Kept(pack_scores(np.array([scores], np.float32)), cost)
+            try:
+                told = api.read(_strict_json(reply.body), len(texts), words)
+            except RejectedAnswerError as error:
+                if error.kind == "logprobs" and not ledger.balance().answered.num_requests:
+                    raise QueryFailedError(f"{error}, the first one: ask what the server writes instead") from error
+                raise
+            ledger.bind(api.path, told.fingerprint, {})
+            cost = None if told.num_tokens is None else Cost(len(texts), told.num_tokens)
+            return Kept(pack_scores(np.array([told.scores], np.float32)), cost)
 
         # No token is shorter than a byte.
         num_tokens = sum(len(text.encode()) + _TOKENS_AROUND for text in texts)
@@ -191,11 +193,8 @@ def _body(api: TextApi, texts: Sequence[str]) -> bytes:
     return json.dumps(api.request(texts), sort_keys=True, allow_nan=False).encode()
 
 
-def _strict_json(body: bytes) -> dict[str, Any]:
+def _strict_json(body: bytes) -> Any:
     try:
-        head = json.loads(body)
+        return json.loads(body)
     except (ValueError, RecursionError) as error:
         raise RejectedAnswerError("body", "the answer is no JSON") from error
-    if not isinstance(head, dict):
-        raise RejectedAnswerError("body", "the answer is no JSON object")
-    return head

@@ -1,4 +1,4 @@
-"""Label words from servers with the interface of OpenAI's; no network."""
+"""Label words from servers of language models; no network."""
 
 import json
 import math
@@ -10,10 +10,10 @@ import pytest
 from fake_server import FakeTime, status
 
 from fedbbpt_jax.black_box.client.connection import Terms
-from fedbbpt_jax.black_box.client.text_api import chat, completions
+from fedbbpt_jax.black_box.client.text_api import NOT_WRITTEN, chat, completions, sglang, written, written_scores
 from fedbbpt_jax.black_box.ledger.costs import Balance, Budget, Cost
 from fedbbpt_jax.black_box.ledger.ledger import open_ledger, replay_ledger
-from fedbbpt_jax.black_box.openai_remote import connect_texts, replayed_texts
+from fedbbpt_jax.black_box.remote_texts import connect_texts, replayed_texts
 from fedbbpt_jax.errors import BudgetExceededError, JournalError, ModelDriftError, QueryFailedError
 from fedbbpt_jax.types import Query
 
@@ -157,11 +157,11 @@ def test_a_row_without_all_its_label_words_is_not_used(server, ledger, change, k
         (lambda body: top(body)[0].update(logprob="low"), "logprobs"),
         (lambda body: top(body)[0].update(logprob=None), "logprobs"),
         (lambda body: httpx.Response(200, content=b'{"choices": ['), "body"),
-        (lambda body: httpx.Response(200, content=b"[]"), "body"),
+        (lambda body: httpx.Response(200, content=b"[]"), "choices"),
     ],
 )
 def test_what_is_no_answer_is_asked_for_again(server, ledger, change, kind):
-    server.changes = [change]
+    server.changes = [None, change]
     with open_box(server, ledger, APIS["chat"]) as box:
         assert box(QUERY).valid.all()
         assert box.counts == {"attempts": C * K * B + 1, kind: 1}
@@ -175,6 +175,18 @@ def test_a_text_that_is_refused_costs_nothing_and_the_others_go_on(server, ledge
         assert (~box(QUERY).valid).sum() == 1
         assert box.counts == {"attempts": C * K * B, code: 1, "unanswered": 1}
     assert ledger.balance().charged.num_requests == C * K * B - 1
+
+
+@pytest.mark.parametrize("change", [lambda c: c.update(logprobs=None), lambda c: c.pop("logprobs")])
+def test_a_server_that_silently_leaves_log_probabilities_out_is_not_asked_twice(server, ledger, change):
+    server.changes = [lambda body: [change(choice) for choice in body["choices"]] and None] * 100
+    with (
+        open_box(server, ledger, APIS["chat"]) as box,
+        pytest.raises(QueryFailedError, match="ask what the server wri"),
+    ):
+        box(QUERY)
+    assert len(server.posts) <= 8  # those that were on their way
+    assert not ledger.balance().answered.num_requests
 
 
 def test_a_model_without_log_probabilities_is_refused_at_once(server, ledger):
@@ -209,3 +221,76 @@ def test_the_server_must_have_the_model(server, ledger):
 def test_label_words_are_different(ledger, words):
     with pytest.raises(ValueError, match="at least two different words"):
         replayed_texts(ledger, APIS["chat"], render=render, label_words=words)
+
+
+def test_what_a_model_writes_is_its_answer(ledger):
+    """A server that tells no log-probabilities at all; the text of each question says what is written."""
+    says = {0: "Good.", 1: "It is bad, not good.", 2: "a goodbye", 3: None}
+
+    async def handle(request):
+        if request.method == "GET":
+            return httpx.Response(200, json={"data": [{"id": "words"}]})
+        asked = json.loads(request.content)
+        assert "logprobs" not in asked
+        example = int(asked["messages"][0]["content"].split("[")[2].split("]")[0]) % 100
+        message = {"role": "assistant", "content": says[example]}
+        return httpx.Response(200, json={"model": "w", "choices": [{"index": 0, "message": message}]})
+
+    terms = Terms(transport=httpx.MockTransport(handle), clock=FakeTime().clock)
+    query = Query(QUERY.prompt[:1], QUERY.inputs[:1])
+    with connect_texts("http://box.test", written("words"), ledger, render=render, label_words=WORDS, terms=terms) as b:
+        scores, valid = b(query)
+        assert b.counts["missing"] == 2 * K
+    np.testing.assert_array_equal(valid[0], [[True, True, False, False]] * K)
+    np.testing.assert_allclose(scores[0, 0], [[NOT_WRITTEN, 0], [0, NOT_WRITTEN], [0, 0], [0, 0]], atol=1e-6)
+
+
+def test_the_word_that_comes_first_counts():
+    assert written_scores("Not terrible, great", [" great", " terrible"]) == [NOT_WRITTEN, 0.0]
+    assert written_scores("NEW YORK", ["york", "new york"]) == [NOT_WRITTEN, 0.0]
+    assert written_scores("", ["a", "b"]) == written_scores("ab", ["a", "b"]) == [-9999.0, -9999.0]
+
+
+def answer_of_sglang(body):
+    entries = [[math.log(probability(text)), 9, None] for text in body["text"]]
+    others = [[math.log(0.95 - probability(text)), 7, " bad"] for text in body["text"]]
+    counts = {"prompt_tokens": 6, "completion_tokens": 1}
+    return [
+        {"text": "x", "meta_info": {"output_token_ids_logprobs": [list(pair)], **counts}}
+        for pair in zip(entries, others, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "kind"),
+    [
+        (lambda found: None, None),
+        (lambda found: found[0]["meta_info"]["output_token_ids_logprobs"][0].pop(), "missing"),
+        (lambda found: found.pop(), "choices"),
+        (lambda found: found[1]["meta_info"].pop("output_token_ids_logprobs"), "logprobs"),
+        (lambda found: found[1].pop("meta_info"), "logprobs"),
+    ],
+)
+def test_sglang_tells_any_token(ledger, spoil, kind):
+    posts = []
+
+    async def handle(request):
+        if request.method == "GET":
+            return httpx.Response(200, json={"data": [{"id": "words"}]})
+        assert request.url.path == "/generate"
+        posts.append(json.loads(request.content))
+        assert posts[-1]["token_ids_logprob"] == [7, 9]
+        found = answer_of_sglang(posts[-1])
+        if len(posts) == 2:
+            spoil(found)
+        return httpx.Response(200, json=found)
+
+    terms = Terms(transport=httpx.MockTransport(handle), clock=FakeTime().clock)
+    api = sglang("words", [7, 9])
+    with connect_texts("http://box.test", api, ledger, render=render, label_words=WORDS, terms=terms) as box:
+        scores, valid = box(QUERY)
+        assert box.counts.get(kind, 1) == 1
+    assert (~valid).sum() == (kind == "missing")
+    np.testing.assert_allclose(scores[valid], expected()[np.asarray(valid)], atol=1e-6)
+    assert len(posts) == C + (kind in ("choices", "logprobs"))
+    assert ledger.balance().answered == Cost(C * K * B, 7 * C * K * B)
