@@ -8,6 +8,9 @@ import tempfile
 from collections.abc import Iterator
 
 os.environ["FEDBBPT_CACHE"] = f"{tempfile.gettempdir()}/fedbbpt-tests-{os.getpid()}"  # not the user's
+# Processes of the tests share what they compile, and so do runs of the tests.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/fedbbpt-tests-compiled")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client: no test may look further than loopback
 # Programs that run once are not worth compiling well, unless XLA_FLAGS says otherwise; eight devices on any machine.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")

@@ -62,7 +62,7 @@ def test_published_coordinator_on_photographs(tmp_path):
     folder = tmp_path / "run"
     arguments = f"run --data {PHOTOGRAPHS} --model {tmp_path / 'clip'} --encoder {tmp_path / 'mae'}"
     arguments += " --generator coordinator --optimizer sgd --num-clients 2 --num-rounds 1 --local-steps 1"
-    arguments += f" --shots 2 --batch-size 2 --num-directions 2 --test-limit 10 --chunk-size 4 --quiet"
+    arguments += " --shots 2 --batch-size 2 --num-directions 2 --test-limit 10 --chunk-size 4 --quiet"
     arguments += f" --output-dir {folder}"
     assert cli.main(arguments.split()) == 0
 

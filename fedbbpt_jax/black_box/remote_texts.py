@@ -52,6 +52,7 @@ class TextBox:
         self._connection, self._ledger, self._api = connection, ledger, api
         self._render, self._words = render, words
         self._faults: Counter[str] = Counter()
+        self._knows_words = False
         form = {"model": api.model, "label_words": list(words)}
         if (bound := ledger.bind(api.path, "", form).form) != form:
             raise JournalError(f"the ledger is of {bound}, not of {form}")
@@ -61,8 +62,8 @@ class TextBox:
 
         Raises:
           BudgetExceededError: the budget does not pay for the query; nothing was sent.
-          QueryFailedError: the server refuses, its first answer has no log-probabilities, or everything has failed for
-            long.
+          QueryFailedError: the server refuses, its first answer has no log-probabilities, no answer to the first query
+            tells of all label words, or everything has failed for long.
           QuotaError: the server says that there is no money.
           ModelDriftError: the model has changed since the first answer.
           JournalError: this is a replay of a run that did not ask this.
@@ -90,6 +91,10 @@ class TextBox:
         valid = np.zeros_like(answered)
         valid[answered], faults = usable_rows(scores[answered], LOG_PROBABILITIES)
         self._faults.update(faults + Counter({"unanswered": int((~answered).sum())}))
+        if answered.all() and not (valid.any() or self._knows_words):
+            words = ", ".join(self._words)
+            raise QueryFailedError(f"no answer to {valid.size} texts tells of all label words ({words}): choose others")
+        self._knows_words = True
         return Response(jnp.asarray(np.where(valid[..., None], scores, 0)), jnp.asarray(valid))
 
     @property

@@ -140,7 +140,9 @@ def together(evaluations: Sequence[Evaluation]) -> Evaluation:
     return Evaluation(loss, jnp.stack([e.confusion for e in evaluations]).sum(0), jnp.asarray(sizes.sum()))
 
 
-evaluate_without_prompt = compile_evaluation(
-    PromptGenerator(lambda key: jnp.zeros(0, jnp.int32), lambda params, features: params), cross_entropy
-)
+_NO_WORDS = PromptGenerator(lambda key: jnp.zeros(0, jnp.int32), lambda params, features: params)
+
+evaluate_without_prompt = compile_evaluation(_NO_WORDS, cross_entropy)
 """Of texts: `(box of token ids, [1, 0], examples) -> Evaluation`."""
+ask_without_prompt = host_evaluation(_NO_WORDS, cross_entropy)
+"""The same of a box on the host."""

@@ -68,6 +68,24 @@ class TextOptions:
 
 
 @dataclass(frozen=True)
+class ServedOptions:
+    """What only models behind a --url have.
+
+    Attributes:
+      api: how the server is asked: v2 (fedbbpt serve, for images), or a language model in plain text: completions or
+        chat, by the log-probabilities of label words, or written, by the word that it writes.
+      prices: a TOML file with a table for each model: per_request and per_million_tokens, in any currency.
+      max_tokens: most tokens that may be billed, evaluation included.
+      max_money: most money by these prices, evaluation included.
+    """
+
+    api: Literal["v2", "completions", "chat", "written"] = "v2"
+    prices: str | None = None
+    max_tokens: int | None = None
+    max_money: float | None = None
+
+
+@dataclass(frozen=True)
 class Experiment:
     """What is learnt, by whom and how. Sizes that are left out are resolved from the others.
 
@@ -80,7 +98,7 @@ class Experiment:
       shots: training examples per class, over all clients; 16, or 4 per client of the digits' tasks, if left out.
       test_limit: most test images, drawn once for all seeds; all if left out.
       model: the frozen CLIP, RoBERTa or BERT: one of `fedbbpt list models`, a folder, or a hub id; by task if left out.
-      url: of a server that serves that model (fedbbpt serve), which is asked in place of one in this process.
+      url: of a server that serves that model, which is asked in place of one in this process.
       revision: branch, tag or commit of the model on the hub.
       generator: the prompt's form (`fedbbpt list generators`); by task and estimator if left out.
       encoder: what a coordinator sees an image by: a ViT-MAE, ViT or DINO folder or hub id; mean colours if left out.
@@ -112,6 +130,7 @@ class Experiment:
       chunk_size: candidates in flight at once, for speed and memory only; 0 takes the best, timed once per model.
       seed: of shots, partition, batches and directions.
       text: for texts only.
+      served: for a --url only.
     """
 
     task: tyro.conf.Positional[str | None] = None
@@ -150,6 +169,7 @@ class Experiment:
     chunk_size: int = 0
     seed: int = 0
     text: tyro.conf.OmitArgPrefixes[TextOptions] = field(default_factory=TextOptions)
+    served: tyro.conf.OmitArgPrefixes[ServedOptions] = field(default_factory=ServedOptions)
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,10 @@ from fedbbpt_jax.training.load_texts import (
     load_text_classifier,
     load_vocabulary,
     num_layers,
+    prompt_tokens,
     token_sizes,
 )
+from fedbbpt_jax.training.plain_texts import phrases, plain_task, words_of
 from fedbbpt_jax.training.resolve import SOFT_GENERATORS, TEXT_GENERATORS
 from fedbbpt_jax.types import BlackBox, Examples, Task
 
@@ -39,6 +41,8 @@ def load_experiment_task(e: ResolvedExperiment) -> Task:
     Raises:
       TaskError, CheckpointError: the data, the model or the encoder cannot be loaded.
     """
+    if e.served.api != "v2":
+        return plain_task(e)
     if e.generator in TEXT_GENERATORS:
         return load_encoded_task(e)
     column = client_column(e.partition)
@@ -102,8 +106,17 @@ def prompt_sizes(e: ResolvedExperiment, task: Task) -> PromptSizes:
     """
     if e.generator not in TEXT_GENERATORS:
         return PromptSizes(task.image_size, task.feature_size)
+    if e.served.api != "v2":
+        return PromptSizes(0, 0, tuple(range(len(phrases(e)))))
     vocabulary = load_vocabulary(e) if e.generator == "tokens" else ()
     return PromptSizes(0, task.feature_size, vocabulary, *token_sizes(e), num_layers(e))
+
+
+def prompt_words(e: ResolvedExperiment, prompt: np.ndarray) -> str | None:
+    """Returns the text of a discrete prompt, token ids or places of phrases `[P]`; None for prompts of another form."""
+    if e.generator != "tokens":
+        return None
+    return prompt_tokens(e, prompt) if e.served.api == "v2" else words_of(e, prompt)
 
 
 @functools.lru_cache(maxsize=2)

@@ -96,9 +96,7 @@ def load_vocabulary(e: ResolvedExperiment) -> tuple[int, ...]:
     tokenizer, num_words = text_model(e.model, e.revision).tokenizer, e.text.num_words
     try:
         if e.text.vocabulary is not None:
-            lines = Path(e.text.vocabulary).expanduser().read_text("utf-8").splitlines()
-            phrases = [line.strip() for line in lines if line.strip()]
-            return tuple(candidate_tokens(tokenizer, phrases, num_words).tolist())
+            return tuple(candidate_tokens(tokenizer, read_phrases(e.text.vocabulary), num_words).tolist())
         texts = [text for texts in task_texts(e).train.texts for text in texts]
         for rare in (5, 3, 2, 1):
             with contextlib.suppress(ValueError):
@@ -108,6 +106,12 @@ def load_vocabulary(e: ResolvedExperiment) -> tuple[int, ...]:
         return tuple(candidate_tokens(tokenizer, pmi_ngrams(texts, min_count=0, min_frequency=0), num_words).tolist())
     except (OSError, ValueError) as error:
         raise TaskError(f"no words for a prompt: {error}") from error
+
+
+def read_phrases(file: str) -> list[str]:
+    """Returns the lines of a file that are not empty; raises `OSError` or `ValueError` where it cannot be read."""
+    lines = Path(file).expanduser().read_text("utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip()]
 
 
 def token_sizes(e: ResolvedExperiment) -> tuple[int, tuple[int, ...]]:
@@ -136,9 +140,9 @@ def num_layers(e: ResolvedExperiment) -> int:
     return len(nnx.merge(model.graphdef, model.params).roberta.encoder.layers)
 
 
-def prompt_words(e: ResolvedExperiment, prompt: np.ndarray) -> str | None:
-    """Returns the text of a discrete prompt, token ids `[P]`; None for prompts of another form."""
-    return text_model(e.model, e.revision).tokenizer.decode(prompt.tolist()) if e.generator == "tokens" else None
+def prompt_tokens(e: ResolvedExperiment, prompt: np.ndarray) -> str:
+    """Returns the text of token ids `[P]`."""
+    return text_model(e.model, e.revision).tokenizer.decode(prompt.tolist())
 
 
 @functools.lru_cache(maxsize=1)

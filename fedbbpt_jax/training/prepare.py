@@ -34,7 +34,7 @@ from fedbbpt_jax.training.load import (
     split_among_clients,
 )
 from fedbbpt_jax.training.resolve import resolve, without_data
-from fedbbpt_jax.training.served import Served
+from fedbbpt_jax.training.served import Served, price_of
 from fedbbpt_jax.types import BlackBox, Examples, Method, Params, PyTree, Query, Response, Task
 
 
@@ -122,6 +122,7 @@ def prepare(experiment: Experiment, served: Served | None = None) -> Setup:
       ValueError, TaskError, CheckpointError: the experiment cannot be run as described.
     """
     e = resolve(experiment)
+    price_of(e)  # prices that cannot be read end here
     task = load_experiment_task(e)
     bare = query_only(load_classifier(e, task)) if e.url is None else _nobody if served is None else served.box
     box, sizes = client_end(e, bare), prompt_sizes(e, task)

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from fedbbpt_jax.errors import OutputError
 from fedbbpt_jax.training.compare import SeedResult, recovered_share
-from fedbbpt_jax.training.experiment import Experiment, TextOptions
+from fedbbpt_jax.training.experiment import Experiment, ServedOptions, TextOptions
 from fedbbpt_jax.training.progress import Row
 from fedbbpt_jax.training.run import Outcome
 
@@ -73,8 +73,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         asked = content["asked"]
         text = asked["experiment"].pop("text")
         options = TextOptions(**text | {"label_words": tuple(text["label_words"])})
+        served = ServedOptions(**asked["experiment"].pop("served"))
         given = asked["experiment"] | {"templates": tuple(asked["experiment"]["templates"])}
-        experiment = Experiment(**given | {"text": options, "chunk_size": content["chunk_size"]})
+        experiment = Experiment(**given | {"text": options, "served": served, "chunk_size": content["chunk_size"]})
     except OSError as error:
         raise OutputError(f"{folder} holds no run to resume: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -13,7 +13,7 @@ from fedbbpt_jax.data.digit_tasks import DIGIT_TASKS
 from fedbbpt_jax.data.partition import client_column, find_partition
 from fedbbpt_jax.data.text_datasets import TEXT_TASKS
 from fedbbpt_jax.estimators.catalogue import find_estimator
-from fedbbpt_jax.training.experiment import EVOLUTION, POLICIES, SPSA_GC, Experiment, ResolvedExperiment
+from fedbbpt_jax.training.experiment import EVOLUTION, POLICIES, SPSA_GC, Experiment, ResolvedExperiment, ServedOptions
 
 SOFT_GENERATORS, TEXT_FILES = ("soft", "deep"), (".csv", ".tsv", ".jsonl")
 TEXT_GENERATORS = (*SOFT_GENERATORS, "tokens")
@@ -29,7 +29,7 @@ def resolve(experiment: Experiment) -> ResolvedExperiment:
     _check_numbers(e)
     named = {
         "task": e.task or ("sensor" if e.data is None else Path(e.data).resolve().name),
-        "model": e.model or ("minilm" if is_of_texts(e) else "mini-clip"),
+        "model": e.model or _default_model(e),
         "generator": e.generator or _default_generator(e),
         "client_state": e.client_state or ("kept" if e.optimizer == "cma-es" else "averaged"),
         "num_directions": num_directions(e),
@@ -102,7 +102,14 @@ def without_data(experiment: ResolvedExperiment) -> ResolvedExperiment:
         precision="highest",
         seed=0,
         text=replace(experiment.text, label_words=(), vocabulary=None),
+        served=ServedOptions(),
     )
+
+
+def _default_model(e: Experiment) -> str:
+    if e.served.api != "v2":
+        raise ValueError(f"--api {e.served.api} needs --model, the model's name at the server")
+    return "minilm" if is_of_texts(e) else "mini-clip"
 
 
 def _default_generator(e: Experiment) -> str:
@@ -152,8 +159,9 @@ def _check_numbers(e: Experiment) -> None:
 
 
 def _check_choices(e: ResolvedExperiment) -> None:
-    if e.url is not None and (e.placement not in ("auto", "host") or is_of_texts(e)):
-        raise ValueError(f"--url is for images and --placement host, got task {e.task} and --placement {e.placement}")
+    if e.url is not None and e.placement not in ("auto", "host"):
+        raise ValueError(f"--url is for --placement host, got --placement {e.placement}")
+    _check_served(e)
     if e.federation != "fedavg" and e.client_state != "averaged" and e.optimizer != "cma-es":
         raise ValueError(f"--client-state {e.client_state} is of --federation fedavg, got {e.federation}")
     if e.federation == "isolated" and e.server_optimizer != "none":
@@ -176,6 +184,24 @@ def _check_choices(e: ResolvedExperiment) -> None:
             "--optimizer fedbpt is a federation of its own: it takes no --federation, --client-state or "
             "--server-optimizer"
         )
+
+
+def _check_served(e: ResolvedExperiment) -> None:
+    plain, s = e.served.api != "v2", e.served
+    if e.url is None and s != ServedOptions():
+        raise ValueError("--api, --prices, --max-tokens and --max-money are for a model behind a --url")
+    if e.url is not None and is_of_texts(e) != plain:
+        kind = "texts: --api completions, chat or written" if is_of_texts(e) else "images: --api v2"
+        raise ValueError(f"a --url is asked about {kind}, got --api {s.api}")
+    if plain and e.generator != "tokens":
+        raise ValueError(f"--api {s.api} sends words: --estimator {' or '.join(POLICIES)}, got {e.estimator}")
+    if plain and e.text.replaced:
+        raise ValueError(f"--replaced is for token ids, got --api {s.api}")
+    if s.max_money is not None and s.prices is None:
+        raise ValueError("--max-money needs --prices")
+    for name in ("max_tokens", "max_money"):
+        if getattr(s, name) is not None and not 0 < getattr(s, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive and finite, got {getattr(s, name)}")
 
 
 def _placement(e: Experiment) -> str:

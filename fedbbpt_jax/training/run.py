@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fedbbpt_jax.errors import DeviceMemoryError
-from fedbbpt_jax.training.evaluate import Evaluation, evaluate_without_prompt, together
+from fedbbpt_jax.training.evaluate import Evaluation, ask_without_prompt, evaluate_without_prompt, together
 from fedbbpt_jax.training.experiment import Experiment, ResolvedExperiment
-from fedbbpt_jax.training.load_texts import prompt_words
+from fedbbpt_jax.training.load import prompt_words
 from fedbbpt_jax.training.prepare import Setup, prepare
 from fedbbpt_jax.training.progress import Progress, Row, begin, evaluate_on, keep, outcome_params
 from fedbbpt_jax.training.resolve import requests_per_round
@@ -142,7 +142,7 @@ def finish(progress: Progress, zero_shot: Evaluation, more: Row) -> Outcome:
         **progress.counts,
         **dict(zip(("downlink_bytes_per_client", "uplink_bytes_per_client"), setup.payload, strict=True)),
         "num_eval_requests": progress.num_eval_requests + 2 * int(final.num_requests),
-        **({} if setup.ledger is None else {"attempts": getattr(setup.bare, "counts", {})}),
+        **_paid(setup),
         "wall_seconds": time.perf_counter() - progress.started,
         **more,
         "seed": setup.experiment.seed,
@@ -151,6 +151,14 @@ def finish(progress: Progress, zero_shot: Evaluation, more: Row) -> Outcome:
     prompts = _shown_prompts(setup, params)
     words = prompt_words(setup.experiment, prompts)
     return Outcome(setup.experiment, setup.task, params, prompts, words, rows, summary)
+
+
+def _paid(setup: Setup) -> Row:
+    """Returns what a served model took: attempts and failures by kind, and the tokens that were billed."""
+    if setup.ledger is None:
+        return {}
+    billed = setup.ledger.balance().charged.num_tokens
+    return {"attempts": getattr(setup.bare, "counts", {})} | ({"billed_tokens": billed} if billed else {})
 
 
 def what_ends(e: ResolvedExperiment) -> str:
@@ -180,7 +188,9 @@ def without_prompt(setup: Setup) -> Evaluation:
     if setup.task.image_size:
         return evaluate_on(setup, setup.server, setup.test)  # a picture's prompt adds nothing at first
     nothing = jnp.zeros((1, 0), jnp.int32)
-    return together([evaluate_without_prompt(setup.bare, nothing, part) for part in setup.test])
+    evaluate = evaluate_without_prompt if setup.ledger is None else ask_without_prompt
+    with setup.counted_as("evaluation"):
+        return together([evaluate(setup.bare, nothing, part) for part in setup.test])
 
 
 def _shown_prompts(setup: Setup, params: Params) -> np.ndarray:

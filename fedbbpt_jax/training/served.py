@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fedbbpt_jax.black_box.client.connection import Terms
-from fedbbpt_jax.black_box.ledger.costs import Budget
+from fedbbpt_jax.black_box.ledger.costs import FREE, Budget, Price
 from fedbbpt_jax.black_box.ledger.journal import Position
 from fedbbpt_jax.black_box.ledger.ledger import Ledger, open_ledger, replay_ledger
-from fedbbpt_jax.black_box.remote import connect, replayed
+from fedbbpt_jax.black_box.remote import RemoteBox, connect, replayed
+from fedbbpt_jax.black_box.remote_texts import TextBox, connect_texts, replayed_texts
 from fedbbpt_jax.training.checkpoint import read_progress
 from fedbbpt_jax.training.experiment import Experiment, ResolvedExperiment
 from fedbbpt_jax.training.load import load_experiment_task
+from fedbbpt_jax.training.load_texts import task_texts
+from fedbbpt_jax.training.plain_texts import renderer, text_api
 from fedbbpt_jax.training.resolve import resolve
 from fedbbpt_jax.types import BlackBox, Task
 
@@ -49,15 +54,15 @@ def asking(experiment: Experiment, folder: Path | None) -> Iterator[Served | Non
     task = load_experiment_task(e)
     reached = None if folder is None else read_progress(folder / CHECKPOINTS)
     relied_on = None if reached is None else Position(*reached[0]["journal"])
-    budget = Budget(num_requests=e.budget + num_eval_requests(e, task))
+    budget = Budget(e.budget + num_eval_requests(e, task), e.served.max_tokens, e.served.max_money)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     path = None if folder is None else folder / JOURNAL
-    with open_ledger(path, _name_of_run(e), budget, at_least=relied_on) as ledger:
-        # The project's server charges once for what comes under one key.
-        who, num_classes = (experiment.url, served_name(e.model)), len(task.class_names)
-        with connect(*who, ledger, num_classes=num_classes, terms=Terms("charged once")) as box:
-            yield Served(box, ledger)
+    with (
+        open_ledger(path, _name_of_run(e), budget, price_of(e), at_least=relied_on) as ledger,
+        _connected(e, experiment.url, task, ledger) as box,
+    ):
+        yield Served(box, ledger)
 
 
 @contextmanager
@@ -68,7 +73,40 @@ def replaying(experiment: Experiment, folder: Path) -> Iterator[Served]:
       JournalError: there is no journal, it is damaged, or of another run.
     """
     with replay_ledger(folder / JOURNAL, _name_of_run(resolve(experiment))) as ledger:
-        yield Served(replayed(ledger), ledger)
+        e = resolve(experiment)
+        if e.served.api == "v2":
+            yield Served(replayed(ledger), ledger)
+        else:
+            yield Served(replayed_texts(ledger, text_api(e), **_asked(e)), ledger)
+
+
+def price_of(e: ResolvedExperiment) -> Price:
+    """Returns what an experiment's model costs, by the file of prices that it names; nothing without one.
+
+    Raises:
+      ValueError: the file cannot be read, or has no prices for the model.
+    """
+    if e.served.prices is None:
+        return FREE
+    try:
+        table = tomllib.loads(Path(e.served.prices).expanduser().read_text())
+        return Price(**{name: float(value) for name, value in table[e.model].items()})
+    except KeyError as error:
+        raise ValueError(f"{e.served.prices} has no table [{json.dumps(e.model)}]") from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"no prices in {e.served.prices}: {error}") from error
+
+
+def _connected(e: ResolvedExperiment, url: str, task: Task, ledger: Ledger) -> RemoteBox | TextBox:
+    if e.served.api != "v2":
+        return connect_texts(url, text_api(e), ledger, **_asked(e))
+    # The project's server charges once for what comes under one key.
+    num_classes, terms = len(task.class_names), Terms("charged once")
+    return connect(url, served_name(e.model), ledger, num_classes=num_classes, terms=terms)
+
+
+def _asked(e: ResolvedExperiment) -> dict[str, Any]:
+    return {"render": renderer(e), "label_words": task_texts(e).label_words}
 
 
 def num_eval_requests(e: ResolvedExperiment, task: Task) -> int:
