@@ -41,7 +41,14 @@ _BYTES_OF_A_ROW = 1 << 16
 
 
 class TextBox:
-    """Answers queries by a model of texts. Made by `connect_texts` or `replayed_texts`; one call at a time."""
+    """Answers queries by a model of texts. Made by `connect_texts` or `replayed_texts`; one call at a time.
+
+    Attributes:
+      num_tops: the fewest first tokens that an answer told the log-probabilities of; None before an answer, or where
+        others are asked for.
+    """
+
+    num_tops: int | None
 
     def __init__(
         self, connection: Connection | None, ledger: Ledger, api: TextApi, render: Render, label_words: Sequence[str]
@@ -52,7 +59,7 @@ class TextBox:
         self._connection, self._ledger, self._api = connection, ledger, api
         self._render, self._words = render, words
         self._faults: Counter[str] = Counter()
-        self._knows_words = False
+        self._knows_words, self.num_tops = False, None
         form = {"model": api.model, "label_words": list(words)}
         if (bound := ledger.bind(api.path, "", form).form) != form:
             raise JournalError(f"the ledger is of {bound}, not of {form}")
@@ -133,6 +140,8 @@ class TextBox:
                     raise QueryFailedError(f"{error}, the first one: ask what the server writes instead") from error
                 raise
             ledger.bind(api.path, told.fingerprint, {})
+            if told.num_tops is not None:
+                self.num_tops = min(told.num_tops, self.num_tops or told.num_tops)
             cost = None if told.num_tokens is None else Cost(len(texts), told.num_tokens)
             return Kept(pack_scores(np.array([told.scores], np.float32)), cost)
 

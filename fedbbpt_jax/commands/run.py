@@ -178,6 +178,8 @@ def sized(command: Run) -> Run:
         return command
     if text == "auto":
         size = probed(replace(command.experiment, seed=_parse_seeds(command)[0])).perturbation_size
+        if size is None:
+            raise ValueError("--perturbation-size auto is not for words")
         Console(quiet=command.quiet, stderr=True).print(f"perturbation size {size:.3g}, by a probe", highlight=False)
     else:
         try:

@@ -20,6 +20,7 @@ from fedbbpt_jax.black_box.probe import NUM_REPEATS, NUM_TOGETHER, Character, pr
 from fedbbpt_jax.estimators.directions import rademacher
 from fedbbpt_jax.estimators.theory import best_two_sided_size
 from fedbbpt_jax.training.experiment import Experiment
+from fedbbpt_jax.training.load import prompt_sizes
 from fedbbpt_jax.training.prepare import Setup, prepare
 from fedbbpt_jax.training.served import asking
 from fedbbpt_jax.types import BlackBox, Examples, Method, Params, Query
@@ -34,34 +35,43 @@ class Probed(NamedTuple):
     Attributes:
       character: of the box.
       loss_deviation: σ, of the mean loss of a minibatch of the experiment, nats.
-      third_derivative: root mean square along a direction, nats per parameter unit cubed.
-      perturbation_size: c, in parameter units, between SMALLEST and LARGEST.
       num_requests: that it all took.
+      third_derivative: root mean square along a direction, nats per parameter unit cubed; None for words.
+      perturbation_size: c, in parameter units, between SMALLEST and LARGEST; None for words.
+      num_tops: the fewest first tokens that a language model told of; None where it is asked otherwise.
     """
 
     character: Character
     loss_deviation: float
-    third_derivative: float
-    perturbation_size: float
     num_requests: int
+    third_derivative: float | None = None
+    perturbation_size: float | None = None
+    num_tops: int | None = None
 
 
 def probe_setup(setup: Setup) -> Probed:
     """Returns what the black box of an experiment is like, and the perturbation size that suits it.
 
-    Asked at the start of the prompt generator, about training examples of all clients.
+    Asked at the start of the prompt generator, or with words drawn at random, about training examples of all clients.
 
     Raises:
-      ValueError: there are fewer than 8 training examples, or the prompt has no directions.
+      ValueError: there are fewer than 8 training examples, or prompts differ between examples.
       QueryFailedError: the box does not answer.
     """
     e, method = setup.experiment, setup.programs.method
-    if e.generator in ("tokens", "coordinator"):
-        raise ValueError(f"a probe moves one prompt for all examples, got --generator {e.generator}")
+    if e.generator == "coordinator":
+        raise ValueError("a probe moves one prompt for all examples, got --generator coordinator")
     examples = jax.tree.map(lambda x: np.asarray(x[:NUM_REPEATS]), setup.task.train)
     start, key = method.generator.init(jax.random.key(e.seed)), jax.random.key(e.seed)
     # In this process the box is compiled; a served model cannot be.
     box = jax.jit(lambda query: setup.box(query)) if setup.ledger is None else setup.box
+    if e.generator == "tokens":
+        words = np.array(prompt_sizes(e, setup.task).vocabulary, np.int32)
+        prompts = np.random.default_rng(e.seed).choice(words, (NUM_TOGETHER, e.text.prompt_length))
+        character = probe(box, prompts, examples.inputs)
+        sigma = _loss_deviation(method, box, prompts[:1], examples, character, e.batch_size)
+        num_requests = character.num_requests + len(examples.labels)
+        return Probed(character, sigma, num_requests, num_tops=getattr(box, "num_tops", None))
     generate = jax.jit(jax.vmap(method.generator.generate, (0, None)))
 
     def prompts_of(points: Params) -> np.ndarray:
@@ -73,13 +83,8 @@ def probe_setup(setup: Setup) -> Probed:
     third = _third_derivative(method, box, prompts_of, start, key, examples)
     size = best_two_sided_size(sigma**2 / 2, max(third / 6, 1e-9) ** 2)
     slopes = 2 * len(SIZES) * NUM_DIRECTIONS + 1
-    return Probed(
-        character,
-        sigma,
-        third,
-        float(np.clip(size, SMALLEST, LARGEST)),
-        character.num_requests + slopes * len(examples.labels),
-    )
+    num_requests = character.num_requests + slopes * len(examples.labels)
+    return Probed(character, sigma, num_requests, third, float(np.clip(size, SMALLEST, LARGEST)))
 
 
 def _moved(start: Params, key: Any, size: Any) -> Params:

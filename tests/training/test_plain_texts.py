@@ -103,6 +103,24 @@ def test_a_run_and_its_replay(server, reviews, tmp_path, api):
 
 
 @pytest.mark.slow
+def test_a_probe(server, reviews, capsys):
+    options = arguments(server, reviews, "--api", "chat")[1:]
+    address = options.pop(options.index("--url") + 1)
+    options.remove("--url")
+    options.remove("--quiet")
+    assert cli.main(["probe", address, *options, "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert (found["num_tops"], found["noise"], found["num_distinct"], found["unusable"]) == (3, 0, 1, 0)
+    assert found["alone_or_together"] == found["order"] == 0
+    assert found["perturbation_size"] is None
+    assert "tells of 3 first tokens" in err
+    run = arguments(server, reviews, "--api", "chat", "--perturbation-size", "auto")
+    assert cli.main(run) == 2
+    assert "not for words" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_budgets_of_tokens_and_money(server, reviews, tmp_path, capsys):
     prices = tmp_path / "prices.toml"
     prices.write_text("[lm]\nper_request = 0.5\nper_million_tokens = 2\n")

@@ -54,13 +54,13 @@ def test_noise_takes_a_larger_size(setup):
     assert found.perturbation_size > 2 * probe_setup(setup).perturbation_size
 
 
-def test_words_have_no_size():
+def test_a_prompt_for_each_example_is_not_moved():
     with pytest.raises(ValueError, match="--generator coordinator"):
         probed(Experiment(generator="coordinator", chunk_size=8))
 
 
 def test_the_commands(tmp_path, capsys):
-    assert cli.main(["probe", "--num-clients", "2", "--json", "-"]) == 0
+    assert cli.main(["probe", "mini-clip", "sensor", "--num-clients", "2", "--json", "-"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert f"--perturbation-size {found['perturbation_size']:.3g}" in err

@@ -35,11 +35,13 @@ class Told(NamedTuple):
       scores: log-probabilities of the N label words of each text, `MISSING` where one is not told.
       fingerprint: of the model, "" if there is none.
       num_tokens: that are billed; None if it is not told.
+      num_tops: the fewest first tokens that a text was told of; None where they are not what is asked for.
     """
 
     scores: list[list[float]]
     fingerprint: str
     num_tokens: int | None
+    num_tops: int | None = None
 
 
 class TextApi(NamedTuple):
@@ -216,7 +218,7 @@ def _reader(tops: Callable[[Any], Tops]) -> Callable[[Any, int, Sequence[str]], 
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise RejectedAnswerError("logprobs", "the answer has no log-probabilities") from error
         scores = [[word_score(word, of_text) for word in words] for of_text in found]
-        return Told(scores, _fingerprint(body), _total_tokens(body))
+        return Told(scores, _fingerprint(body), _total_tokens(body), min(map(len, found)))
 
     return read
 
