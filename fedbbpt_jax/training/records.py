@@ -59,7 +59,9 @@ def write_config(folder: Path, experiment: Experiment, seeds: Sequence[int], ask
         "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
         "asked": asked,
     }
-    write_json(folder / "config.json", content)
+    draft = folder / ".config.json"
+    write_json(draft, content)
+    draft.replace(folder / "config.json")  # all of it or nothing: without it nobody could go on
 
 
 def read_config(folder: Path) -> dict[str, Any]:
