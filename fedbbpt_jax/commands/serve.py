@@ -20,6 +20,7 @@ import tyro
 from fedbbpt_jax.black_box.frozen import Precision, query_only
 from fedbbpt_jax.black_box.sentences import sentence_classifier, sentence_embedder
 from fedbbpt_jax.black_box.server.http_faults import Faults, read_faults, with_faults
+from fedbbpt_jax.black_box.server.limits import Limits
 from fedbbpt_jax.black_box.server.served_model import NUM_ROWS, ServedModel, ServedText, served_model, served_rows
 from fedbbpt_jax.data.text_encoding import encode_masked, encode_sentences
 from fedbbpt_jax.errors import ServeError
@@ -56,6 +57,7 @@ class Serve:
       host: address to listen on; others than this machine are served with a token only.
       port: to listen on; 0 takes a free one.
       num_rows: computed in one batch.
+      limit: what is taken at most; more is refused.
       faults: a JSON or TOML file of faults to inject.
       fault: faults to inject, in place of a file.
     """
@@ -71,6 +73,7 @@ class Serve:
     host: str = "127.0.0.1"
     port: int = 8000
     num_rows: int = NUM_ROWS
+    limit: Limits = field(default_factory=Limits)
     faults: Path | None = None
     fault: Faults = field(default_factory=Faults)
 
@@ -96,7 +99,7 @@ def serve_command(command: Serve) -> int:
         faults = read_faults(command.faults)
     with _listening(command.host, command.port) as listener:
         model = load_served_model(command)
-        app: Any = create_app(model, token=token)
+        app: Any = create_app(model, token=token, limits=command.limit)
         app = app if faults == Faults() else with_faults(app, faults, app.state.count_fault)
         options = {
             "log_config": None,

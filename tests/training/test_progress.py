@@ -47,7 +47,6 @@ def check_same(found, expected):
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
         {"federation": "isolated"},
         {"client_state": "kept", "cohort": 1},
         {"estimator": "spsa-control-variate", "placement": "shard", "num_clients": 8},

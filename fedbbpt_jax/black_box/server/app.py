@@ -22,9 +22,10 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from fedbbpt_jax.black_box.server.http_errors import HTTPError, error_body, error_headers
+from fedbbpt_jax.black_box.server.limits import Limits
 from fedbbpt_jax.black_box.server.openai_routes import openai_routes
 from fedbbpt_jax.black_box.server.served_model import ServedModel
-from fedbbpt_jax.black_box.server.service import Limits, Service, new_service
+from fedbbpt_jax.black_box.server.service import Service, new_service
 from fedbbpt_jax.black_box.server.v2_routes import v2_routes
 
 ASGIApp = Any
@@ -75,12 +76,21 @@ def check_address(host: str, token: str | None) -> None:
       >>> check_address("127.0.0.1", None)
       >>> check_address("0.0.0.0", "a secret")
     """
-    try:
-        is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_loopback = False
-    if not is_loopback and not token:
+    if not is_loopback(host) and not token:
         raise ValueError(f"others reach {host}: set a token in the environment variable FEDBBPT_TOKEN")
+
+
+def is_loopback(host: str) -> bool:
+    """Returns whether a host, without its port, is this machine by name or number.
+
+    Example:
+      >>> is_loopback("127.0.0.1"), is_loopback("::1"), is_loopback("example.org")
+      (True, True, False)
+    """
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def guarded(app: ASGIApp, service: Service, token: str | None) -> ASGIApp:
@@ -122,6 +132,10 @@ def _refusal(service: Service, expected: bytes | None, headers: dict[bytes, byte
     given = b"Bearer " + given[7:] if given[:7].lower() == b"bearer " else b""
     if expected is not None and not hmac.compare_digest(given, expected):
         return HTTPError(401, "a bearer token is needed, and this is not it", "invalid_api_key")
+    # Without a token the server is for this machine only; a page in its browser comes under a name of its own.
+    host = re.sub(rb":\d*$", b"", headers.get(b"host", b"localhost")).decode("latin-1").strip("[]")
+    if expected is None and not is_loopback(host):
+        return HTTPError(403, "without a token, only localhost is answered", "forbidden_host")
     if service.in_flight.num_requests >= service.limits.requests:
         return HTTPError(503, "too many requests wait for an answer", "overloaded", retry_after=1.0)
     return None

@@ -14,9 +14,9 @@ from fastapi.responses import JSONResponse
 from fedbbpt_jax.black_box.protocol import HEAD_LENGTH, decode, encode, named_leaves, tree_like
 from fedbbpt_jax.black_box.rows import Cut, cut_query
 from fedbbpt_jax.black_box.server.http_errors import HTTPError
+from fedbbpt_jax.black_box.server.limits import Limits
 from fedbbpt_jax.black_box.server.served_model import ServedRows, tensor_specs
 from fedbbpt_jax.black_box.server.service import (
-    Limits,
     Service,
     answer,
     as_answered,

@@ -34,8 +34,8 @@ from fedbbpt_jax.black_box.frozen import clip_classifier, query_only
 from fedbbpt_jax.black_box.protocol import HEAD_LENGTH
 from fedbbpt_jax.black_box.rows import in_rows
 from fedbbpt_jax.black_box.server.app import check_address, create_app
+from fedbbpt_jax.black_box.server.limits import Limits
 from fedbbpt_jax.black_box.server.served_model import served_model
-from fedbbpt_jax.black_box.server.service import Limits
 from fedbbpt_jax.models.loading import load_clip
 from fedbbpt_jax.pretrained import MINI_CLIP
 from fedbbpt_jax.types import Query
@@ -240,6 +240,23 @@ def test_a_failure_tells_nothing_of_its_inside():
     (response,) = send(app, ("POST", INFER, body, headers), raise_app_exceptions=False)
     assert response.status_code == 500
     assert response.json() == {"error": "the server failed"}
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1", 200),
+        ("localhost:8000", 200),
+        ("[::1]:8000", 200),
+        ("rebound.example:8000", 403),
+        ("127.0.0.1.example", 403),
+        ("", 403),
+    ],
+)
+def test_a_page_of_the_browser_is_not_answered_without_a_token(host, status):
+    """Its own name can be made to lead here, and stands in its requests."""
+    assert send(app_of(), ("GET", "/v2", None, {"host": host}))[0].status_code == status
+    assert send(app_of(token=TOKEN), ("GET", "/v2", None, {"host": host} | BEARER))[0].status_code == 200
 
 
 def test_requests_have_an_id(app):
