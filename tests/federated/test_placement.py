@@ -81,11 +81,6 @@ def check_placements(vectors, key, method, who, num_devices):
 
 
 @pytest.mark.slow
-def test_drop_out_and_unequal_weights_on_any_placement(vectors, key):
-    check_placements(vectors, key, make_method(weighted_mean()), PARTICIPATIONS["drop-out"], [8])
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(("federation", "num_devices"), [("fedavg", [1, 2, 4, 8]), ("isolated", [4])])
 def test_any_number_of_devices_gives_the_same(vectors, key, federation, num_devices):
     check_placements(vectors, key, make_method(FEDERATIONS[federation]), PARTICIPATIONS["drop-out"], num_devices)

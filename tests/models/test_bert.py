@@ -189,8 +189,8 @@ def test_the_real_model_agrees_with_transformers(minilm_folder, ag_news):
 
 @pytest.mark.slow
 def test_the_real_model_classifies_news_by_class_prompts(minilm_folder, ag_news):
-    """Zero-shot, on all test rows. The wording was chosen among six on 2,000 training rows, 0.81 of them right."""
-    minilm, (texts, classes) = load_bert(minilm_folder), ag_news
+    """Zero-shot, on every fourth test row. The wording, of six, had 0.81 of 2,000 training rows right."""
+    minilm, (texts, classes) = load_bert(minilm_folder), (part[::4] for part in ag_news)
     embed = jax.jit(lambda params, *text: nnx.merge(minilm.graphdef, params).embed(*text))
 
     def embeddings(texts, size=50, num_tokens=48):
@@ -203,5 +203,5 @@ def test_the_real_model_classifies_news_by_class_prompts(minilm_folder, ag_news)
         return rows
 
     scores = embeddings(texts) @ embeddings(CLASS_PROMPTS).T
-    assert len(scores) == 7600
+    assert len(scores) == 1900
     assert (scores.argmax(-1) == classes).mean() >= 0.77
