@@ -29,7 +29,7 @@ from bad_api import served
 from fedbbpt_jax import cli
 from fedbbpt_jax.black_box.ledger.ledger import replay_ledger
 
-SIZES = "--num-clients 2 --num-directions 2 --local-steps 2 --num-rounds 60 --eval-every 4 --test-limit 50 --quiet"
+SIZES = "--num-clients 2 --num-directions 2 --local-steps 2 --num-rounds 60 --eval-every 4 --quiet"
 CONTEXT = multiprocessing.get_context("forkserver")
 SLOW_TO_IMPORT = ["fedbbpt_jax.cli", "sklearn.model_selection", "transformers.models.clip.image_processing_pil_clip"]
 OWN = ("seconds", "attempts")  # what a run may say otherwise than its undisturbed twin
