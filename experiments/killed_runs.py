@@ -91,7 +91,7 @@ def one_run(folder: Path, seed: int, calm: str, shaken: str, rng: random.Random)
     life, kills = time.monotonic() - started, 0
     fresh = (*SIZES.split(), "--seed", seed, "--url", shaken, "--output-dir", folder / "shaken")
     process = start(*fresh)
-    while is_alive_after(process, life * rng.random()):
+    while is_alive_after(process, life / 3 * rng.random()):  # many kills, and the early ones of a start as well
         process.kill()
         process.join()
         kills += 1

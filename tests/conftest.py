@@ -14,10 +14,12 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/fed
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client: no test may look further than loopback
 # Programs that run once are not worth compiling well, unless XLA_FLAGS says otherwise; eight devices on any machine.
-QUICK_TO_COMPILE = "--xla_backend_optimization_level=0"
-if version("jaxlib").startswith("0.10."):  # later ones no longer have the choice, and abort on unknown flags
-    QUICK_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false"
-os.environ.setdefault("XLA_FLAGS", QUICK_TO_COMPILE)
+# Later versions of jaxlib no longer know the second flag, and abort on it.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0"
+    + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""),
+)
 os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 
 import jax

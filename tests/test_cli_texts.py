@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file
+from serving import listening
 from transformers import BertConfig, RobertaConfig
 
 from fedbbpt_jax import cli
+from fedbbpt_jax.black_box.server.app import create_app
+from fedbbpt_jax.commands.serve import Serve, load_served_model
 from fedbbpt_jax.models.bert import BERT_DIALECT, BertEncoder
 from fedbbpt_jax.models.checkpoint import write_model
 from fedbbpt_jax.models.roberta import ROBERTA_DIALECT, RobertaForMaskedLM
+from fedbbpt_jax.training.experiment import TextOptions
 
 DATA = Path(os.environ.get("FEDBBPT_DATA", "absent"))
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="FEDBBPT_DATA names no folder")
@@ -56,6 +60,7 @@ def bert(tmp_path_factory):
 
 def run(tmp_path, *arguments):
     folder = tmp_path / "out"
+    tmp_path.mkdir(exist_ok=True)
     assert cli.main(["run", *arguments, *FEW, "--output-dir", str(folder)]) == 0
     return folder, json.loads((folder / "summary.json").read_text())
 
@@ -127,6 +132,50 @@ def test_a_table_of_ones_own(tmp_path, bert):
     assert summary["num_requests"] == 2 * CLIENTS * STEPS * 2 * SAMPLES * BATCH  # both sides of 4 directions
 
 
+SERVED = {
+    "fedbpt": ("agnews", ["--optimizer", "fedbpt", "--replaced", "0.5", "--intrinsic-dim", "10"], {}),
+    "words": ("sst2", ["--estimator", "policy-gradient", "--num-words", "7"], {"generator": "tokens"}),
+    "sentences": ("cola", ["--prompt-side", "sentence", "--intrinsic-dim", "10"], {"prompt_side": "sentence"}),
+    "class-texts": ("agnews", ["--intrinsic-dim", "10"], {}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SERVED)
+def test_a_served_model_of_texts(tmp_path, request, case):
+    """Prompts travel as word embeddings or token ids, texts as ids, no longer than they are; twice bit for bit."""
+    task, options, of_server = SERVED[case]
+    model = request.getfixturevalue("roberta" if case in ("fedbpt", "words") else "bert")
+    arguments = [task, "--model", model, *options, "--prompt-length", "4"]
+    app = create_app(load_served_model(serve(model, task, **of_server)))
+    _, here = run(tmp_path / "here", *arguments)
+    with listening(app) as address:
+        found = [run(tmp_path / name, *arguments, "--url", f"http://{address}") for name in ("first", "second")]
+    (folder, summary), (other, _) = found
+    assert first_row(folder)["loss"] == pytest.approx(first_row(tmp_path / "here" / "out")["loss"], abs=1e-6)
+    for name in ("num_requests", "num_valid", "uplink_bytes", "downlink_bytes", "num_eval_requests"):
+        assert summary[name] == here[name]
+    assert summary["zero_shot_accuracy"] == here["zero_shot_accuracy"]
+    assert (folder / "prompt.safetensors").read_bytes() == (other / "prompt.safetensors").read_bytes()
+    assert first_row(folder)["loss"] == first_row(other)["loss"]
+
+
+def serve(model, task, generator="soft", prompt_side="label"):
+    return Serve(model, task, generator=generator, text=TextOptions(prompt_length=4, prompt_side=prompt_side))
+
+
+def first_row(folder):
+    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+
+
+@pytest.mark.slow
+def test_a_served_model_wants_its_own_prompts(tmp_path, bert, capsys):
+    with listening(create_app(load_served_model(serve(bert, "agnews")))) as address:
+        arguments = ["agnews", "--model", bert, "--prompt-length", "5", "--url", f"http://{address}"]
+        assert cli.main(["run", *arguments, *FEW, "--output-dir", str(tmp_path / "out")]) == 2
+    assert "prompt (FP32 [-1, 4, 16])" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_dry_run_tells_the_cost_first(tmp_path, roberta, capsys):
     arguments = ["agnews", "--model", roberta, "--estimator", "policy-gradient", "--num-words", "9", "--dry-run"]
@@ -152,6 +201,7 @@ BAD_INPUTS = {
     "words-by-cma": (["--estimator", "policy-gradient", "--optimizer", "cma-es"], "is not for words"),
     "replaced": (["--replaced", "1.5"], "--replaced must be in [0, 1]"),
     "deep-fedbpt": (["--generator", "deep", "--optimizer", "fedbpt"], "got --generator deep"),
+    "deep-served": (["--generator", "deep", "--url", "http://127.0.0.1:9"], "no prompt in each layer"),
     "no-column": (["--data", "no-label.csv"], "no-label.csv"),
     "few": (["--data", "few.csv"], "16 shots"),
 }

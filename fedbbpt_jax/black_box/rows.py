@@ -177,9 +177,14 @@ def rows_of(taken: list[tuple[Cut, np.ndarray, np.ndarray]], num_rows: int) -> t
     return prompts, gathered([cut.blocks for cut in cuts], [rows for _, _, rows in taken])
 
 
+def is_text(x: np.ndarray) -> bool:
+    """Returns whether inputs are texts, `[C, B, T]` of token ids or of what is attended."""
+    return x.ndim == 3 and x.dtype.kind in "iub"
+
+
 def _padded(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Returns shorter texts at the length of those that a box was compiled for; anything else as it is."""
-    if x.ndim != 3 or x.dtype.kind not in "iub" or len(shape) != 1 or x.shape[2] >= shape[0]:
+    if not is_text(x) or len(shape) != 1 or x.shape[2] >= shape[0]:
         return x
     return np.pad(x, ((0, 0), (0, 0), (0, shape[0] - x.shape[2])))
 

@@ -21,7 +21,14 @@ from fedbbpt_jax.black_box.frozen import Precision, query_only
 from fedbbpt_jax.black_box.sentences import sentence_classifier, sentence_embedder
 from fedbbpt_jax.black_box.server.http_faults import Faults, read_faults, with_faults
 from fedbbpt_jax.black_box.server.limits import Limits
-from fedbbpt_jax.black_box.server.served_model import NUM_ROWS, ServedModel, ServedText, served_model, served_rows
+from fedbbpt_jax.black_box.server.served_model import (
+    NUM_ROWS,
+    ServedModel,
+    ServedRows,
+    ServedText,
+    served_model,
+    served_rows,
+)
 from fedbbpt_jax.data.text_encoding import encode_masked, encode_sentences
 from fedbbpt_jax.errors import ServeError
 from fedbbpt_jax.models.sentence_classifiers import EncodedText
@@ -31,7 +38,7 @@ from fedbbpt_jax.training.load import load_classifier, load_experiment_task
 from fedbbpt_jax.training.load_texts import SENTENCE_TOKENS, task_texts, text_model
 from fedbbpt_jax.training.resolve import resolve
 from fedbbpt_jax.training.served import served_name
-from fedbbpt_jax.types import BlackBox, PyTree, Query, Task
+from fedbbpt_jax.types import PyTree, Query, Task
 
 TOKEN = "FEDBBPT_TOKEN"
 BLOCK = 32
@@ -129,7 +136,8 @@ def load_served_model(command: Serve) -> ServedModel:
     box, like = query_only(load_classifier(e, task)), row_like(e, task)
     served = served_model(served_name(e.model), box, like, task.class_names, e.precision, command.num_rows)
     if not task.image_size:
-        served = served._replace(text=_in_plain_text(e, task, box, command.num_rows))
+        bare = served_rows(box, Query(np.zeros((1, 1, 0), np.int32), like.inputs), command.num_rows)
+        served = served._replace(bare=bare, text=_in_plain_text(e, bare))
     zeros = [jax.tree.map(lambda x: np.zeros((command.num_rows, *x.shape[1:]), x.dtype), part) for part in like]
     served.rows.compute(jax.tree.map(lambda x: x[:, 0], zeros[0]), zeros[1], 1)
     return served
@@ -164,18 +172,22 @@ def row_like(e: ResolvedExperiment, task: Task) -> Query:
     return Query(np.zeros((1, 1, e.text.prompt_length, width), np.float32), inputs)
 
 
-def _in_plain_text(e: ResolvedExperiment, task: Task, box: BlackBox, num_rows: int) -> ServedText:
-    """Returns how the model of an experiment is asked in plain text, as long as those of its task at most."""
+def _in_plain_text(e: ResolvedExperiment, bare: ServedRows) -> ServedText:
+    """Returns how the model of an experiment is asked in plain text, as long as those of its task at most.
+
+    Args:
+      e: the experiment.
+      bare: rows of its inputs, without a prompt.
+    """
     model, texts = text_model(e.model, e.revision), task_texts(e)
     if model.fills_masks:
-        length = row_like(e, task).inputs.ids.shape[2]
+        length = bare.like.inputs.ids.shape[2]
 
         def encode(plain: Sequence[str]) -> tuple[PyTree, np.ndarray]:
             found = encode_masked([(text,) for text in plain], texts.template, model.tokenizer, length)
             return found, found.attended.sum(1)
 
-        like = Query(np.zeros((1, 1, 0), np.int32), row_like(e, task).inputs)
-        return ServedText(served_rows(box, like, num_rows), encode)
+        return ServedText(bare, encode)
 
     length = min(model.num_positions, SENTENCE_TOKENS)
 
@@ -186,7 +198,7 @@ def _in_plain_text(e: ResolvedExperiment, task: Task, box: BlackBox, num_rows: i
     one = EncodedText(np.zeros((1, 1, length), np.int32), np.zeros((1, 1, length), bool))
     like = Query(np.zeros((1, 1, 0), np.int32), one)
     classifier, embedder = sentence_classifier(model, texts.class_texts, e.precision), sentence_embedder(model)
-    rows = [served_rows(query_only(b), like, num_rows) for b in (classifier, embedder)]
+    rows = [served_rows(query_only(b), like, bare.num_rows) for b in (classifier, embedder)]
     return ServedText(rows[0], encode_sentence, rows[1])
 
 

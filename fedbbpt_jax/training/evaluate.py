@@ -104,7 +104,8 @@ def host_evaluation(
         for start in range(0, len(examples.labels), chunk_size):
             batch = jax.tree.map(lambda x, start=start: x[start : start + chunk_size], examples)
             prompt = generate(model, batch.features)
-            response = box(Query(jax.tree.map(lambda x: x[None, None], prompt), batch.inputs[None]))
+            query = Query(jax.tree.map(lambda x: x[None, None], prompt), jax.tree.map(lambda x: x[None], batch.inputs))
+            response = box(query)
             found.append(count(Response(*map(jnp.asarray, response)), batch.labels))
         loss, confusion, num_valid = (sum(parts) for parts in zip(*found, strict=True))
         if not num_valid:

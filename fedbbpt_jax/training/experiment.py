@@ -72,7 +72,7 @@ class ServedOptions:
     """What only models behind a --url have.
 
     Attributes:
-      api: how the server is asked: v2 (fedbbpt serve, for images), or a language model in plain text: completions or
+      api: how the server is asked: v2 (fedbbpt serve), or a language model in plain text: completions or
         chat, by the log-probabilities of label words, or written, by the word that it writes.
       prices: a TOML file with a table for each model: per_request and per_million_tokens, in any currency.
       max_tokens: most tokens that may be billed, evaluation included.

@@ -190,9 +190,10 @@ def _check_served(e: ResolvedExperiment) -> None:
     plain, s = e.served.api != "v2", e.served
     if e.url is None and s != ServedOptions():
         raise ValueError("--api, --prices, --max-tokens and --max-money are for a model behind a --url")
-    if e.url is not None and is_of_texts(e) != plain:
-        kind = "texts: --api completions, chat or written" if is_of_texts(e) else "images: --api v2"
-        raise ValueError(f"a --url is asked about {kind}, got --api {s.api}")
+    if plain and not is_of_texts(e):
+        raise ValueError(f"a --url is asked about images by --api v2, got --api {s.api}")
+    if e.url is not None and e.generator == "deep":
+        raise ValueError("a model behind a --url takes no prompt in each layer, got --generator deep")
     if plain and e.generator != "tokens":
         raise ValueError(f"--api {s.api} sends words: --estimator {' or '.join(POLICIES)}, got {e.estimator}")
     if plain and e.text.replaced:

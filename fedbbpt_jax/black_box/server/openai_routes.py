@@ -19,7 +19,6 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from fedbbpt_jax.black_box.rows import cut_query
-from fedbbpt_jax.black_box.server.batcher import Batcher
 from fedbbpt_jax.black_box.server.http_errors import HTTPError
 from fedbbpt_jax.black_box.server.openai_questions import (
     Parameters,
@@ -35,7 +34,6 @@ from fedbbpt_jax.black_box.server.service import (
     answer,
     as_answered,
     check_rows,
-    compute,
     fingerprint,
     received,
 )
@@ -108,7 +106,7 @@ def openai_routes(service: Service) -> APIRouter:
     async def embeddings(request: Request) -> Response:
         async with received(service, request) as body:
             text = model.text
-            if text is None or text.embeddings is None or service.embeddings is None:
+            if text is None or text.embeddings is None:
                 raise HTTPError(404, f"{model.name} is no encoder of sentences", "not_offered")
             asked = read_parameters(body, service.limits.json_bytes, model.name, ("input", "encoding_format"))
             encoding = asked.get("encoding_format") or "float"
@@ -117,7 +115,7 @@ def openai_routes(service: Service) -> APIRouter:
                     400, "encoding_format must be float or base64", "invalid_value", param="encoding_format"
                 )
             inputs, num_tokens = _encoded(service, texts_of(asked, "input"))
-            found = await _ask(service, request, body, text.embeddings, service.embeddings, inputs)
+            found = await _ask(service, request, body, text.embeddings, inputs)
         data = [
             {"object": "embedding", "index": n, "embedding": _as_text(row, encoding)} for n, row in enumerate(found)
         ]
@@ -135,16 +133,16 @@ async def _ask_picture(service: Service, request: Request, body: bytes, pictures
     picture = picture_of(pictures[0], service.model.image_size)
     if rows.like.inputs.dtype != np.uint8:
         picture = picture.astype(np.float32) / np.float32(255)
-    return _log_softmax(await _ask(service, request, body, rows, service.batcher, picture[None])), 1
+    return _log_softmax(await _ask(service, request, body, rows, picture[None])), 1
 
 
 async def _ask_texts(service: Service, request: Request, body: bytes, texts: list[str]) -> tuple[np.ndarray, int]:
     """Returns the log-probabilities of texts `[n, N]`, and how many tokens they are together."""
     text = service.model.text
-    if text is None or service.texts is None:
+    if text is None:
         raise HTTPError(404, f"{service.model.name} is not asked in plain text", "not_offered")
     inputs, num_tokens = _encoded(service, texts)
-    return _log_softmax(await _ask(service, request, body, text.rows, service.texts, inputs)), num_tokens
+    return _log_softmax(await _ask(service, request, body, text.rows, inputs)), num_tokens
 
 
 def _encoded(service: Service, texts: list[str]) -> tuple[PyTree, int]:
@@ -157,16 +155,14 @@ def _encoded(service: Service, texts: list[str]) -> tuple[PyTree, int]:
     return inputs, int(num_tokens.sum())
 
 
-async def _ask(
-    service: Service, request: Request, body: bytes, rows: ServedRows, batcher: Batcher, inputs: PyTree
-) -> np.ndarray:
+async def _ask(service: Service, request: Request, body: bytes, rows: ServedRows, inputs: PyTree) -> np.ndarray:
     """Returns the scores of inputs `[n, ...]` without a prompt beside them, `[n, N]`."""
     none = jax.tree.map(np.zeros_like, rows.like.prompt)
     try:
         cut = cut_query(Query(none, jax.tree.map(lambda x: x[None], inputs)), rows.like)
     except ValueError as error:
         raise HTTPError(400, str(error), "invalid_value") from error
-    scores = await answer(service, request, body, len(cut.prompt_of_row), compute(batcher, cut))
+    scores = await answer(service, request, body, len(cut.prompt_of_row), service.compute(rows, cut))
     return scores[:, 0]
 
 

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from fedbbpt_jax.black_box.frozen import Precision
-from fedbbpt_jax.black_box.protocol import named_leaves
-from fedbbpt_jax.black_box.rows import RowProgram, num_scores, row_program
+from fedbbpt_jax.black_box.protocol import datatype, named_leaves
+from fedbbpt_jax.black_box.rows import RowProgram, is_text, num_scores, row_program
 from fedbbpt_jax.types import BlackBox, PyTree, Query
 
 NUM_ROWS = 32
@@ -62,6 +62,7 @@ class ServedModel(NamedTuple):
       name: in the addresses.
       class_names: N names, in the order of the scores.
       rows: what it answers.
+      bare: the same inputs with a prompt of no words; None for pictures.
       fingerprint: changes with anything that may change an answer.
       text: how it is asked in plain text; None for pictures.
     """
@@ -70,7 +71,15 @@ class ServedModel(NamedTuple):
     class_names: tuple[str, ...]
     rows: ServedRows
     fingerprint: str
+    bare: ServedRows | None = None
     text: ServedText | None = None
+
+    @property
+    def kinds_of_rows(self) -> list[ServedRows]:
+        """All rows that it answers; two names for the same rows are one kind."""
+        of_text = (None, None) if self.text is None else (self.text.rows, self.text.embeddings)
+        found = {id(rows): rows for rows in (self.rows, self.bare, *of_text) if rows is not None}
+        return list(found.values())
 
     @property
     def image_size(self) -> int:
@@ -137,11 +146,19 @@ def fingerprint_of(box: BlackBox, like: Query, precision: Precision, num_rows: i
     return digest.hexdigest()
 
 
-def tensor_specs(rows: ServedRows) -> list[dict[str, Any]]:
-    """Returns name, datatype and shape of what a request must hold; the first axis, K or B, is free."""
-    names = {"float32": "FP32", "int32": "INT32", "uint8": "UINT8", "bool": "BOOL"}
-    leaves = named_leaves("prompt", rows.like.prompt) | named_leaves("inputs", rows.like.inputs)
-    return [
-        {"name": name, "datatype": names[str(leaf.dtype)], "shape": [-1, *leaf.shape[2:]]}
-        for name, leaf in leaves.items()
-    ]
+def tensor_specs(model: ServedModel) -> list[dict[str, Any]]:
+    """Returns name, datatype and shape of what a request may hold; the first axis, K or B, is free.
+
+    So is the length of texts, up to `max_length`; and a prompt without words is one of the prompts.
+    """
+    prompt, inputs = model.rows.like
+    prompts = [prompt] if model.bare is None else [prompt, model.bare.like.prompt]
+    specs = [(name, leaf, leaf.shape[2:]) for tree in prompts for name, leaf in named_leaves("prompt", tree).items()]
+    for name, leaf in named_leaves("inputs", inputs).items():
+        specs.append((name, leaf, (-1,) if is_text(leaf) else leaf.shape[2:]))
+    return [{"name": name, "datatype": datatype(leaf), "shape": [-1, *shape]} for name, leaf, shape in specs]
+
+
+def max_length(rows: ServedRows) -> int | None:
+    """Returns the tokens of the longest text that rows can hold; None where inputs are no texts."""
+    return next((leaf.shape[2] for leaf in jax.tree.leaves(rows.like.inputs) if is_text(leaf)), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -45,21 +45,23 @@ class InFlight:
 
 
 class Service(NamedTuple):
-    """A served model with all that is needed to answer; plain texts and their embeddings are batched apart."""
+    """A served model with all that is needed to answer; each kind of rows has a batcher, under its `id`."""
 
     model: ServedModel
     limits: Limits
-    batcher: Batcher
-    texts: Batcher | None
-    embeddings: Batcher | None
+    batchers: Mapping[int, Batcher]
     answers: Answers[np.ndarray]
     metrics: Metrics
     in_flight: InFlight
 
     async def close(self) -> None:
         """Answers all that wait, and ends the threads."""
-        for batcher in filter(None, (self.batcher, self.texts, self.embeddings)):
+        for batcher in self.batchers.values():
             await batcher.close()
+
+    def compute(self, rows: ServedRows, cut: Cut) -> Callable[[], Awaitable[np.ndarray]]:
+        """Returns what computes the rows of a cut, rows of that kind."""
+        return lambda: self.batchers[id(rows)].answer(cut)
 
 
 def new_service(model: ServedModel, limits: Limits) -> Service:
@@ -73,17 +75,11 @@ def new_service(model: ServedModel, limits: Limits) -> Service:
 
     # Rows are small programs, each of which keeps one core busy; an accelerator computes one batch after another.
     num_threads = min(os.cpu_count() or 1, 8) if jax.default_backend() == "cpu" else 1
-
-    def batcher(rows: ServedRows | None) -> Batcher | None:
-        return None if rows is None else Batcher(rows, limits.waiting_rows, on_batch, num_threads)
-
-    text = model.text
-    kinds = model.rows, None if text is None else text.rows, None if text is None else text.embeddings
-    batchers = [batcher(rows) for rows in kinds]
+    batchers = {id(rows): Batcher(rows, limits.waiting_rows, on_batch, num_threads) for rows in model.kinds_of_rows}
     rows_waiting = Gauge("fedbbpt_rows_waiting", "Rows that wait for a batch", registry=metrics.registry)
-    rows_waiting.set_function(lambda: sum(b.num_waiting for b in batchers if b is not None))
+    rows_waiting.set_function(lambda: sum(b.num_waiting for b in batchers.values()))
     answers: Answers[np.ndarray] = Answers(limits.answers, limits.answer_bytes)
-    return Service(model, limits, *batchers, answers, metrics, InFlight())  # type: ignore[arg-type]
+    return Service(model, limits, batchers, answers, metrics, InFlight())
 
 
 @asynccontextmanager
@@ -167,11 +163,6 @@ def check_rows(limits: Limits, num_requests: int) -> None:
     """
     if num_requests > limits.rows:
         raise HTTPError(413, f"a request may ask for {limits.rows} rows, got {num_requests}", "too_many_rows")
-
-
-def compute(batcher: Batcher, cut: Cut) -> Callable[[], Awaitable[np.ndarray]]:
-    """Returns what computes the rows of a cut."""
-    return lambda: batcher.answer(cut)
 
 
 def as_answered(request: Request, scores: np.ndarray) -> np.ndarray:

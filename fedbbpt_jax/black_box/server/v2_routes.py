@@ -11,17 +11,16 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from fedbbpt_jax.black_box.protocol import HEAD_LENGTH, decode, encode, named_leaves, tree_like
+from fedbbpt_jax.black_box.protocol import HEAD_LENGTH, Tensors, decode, encode, named_leaves, tree_like
 from fedbbpt_jax.black_box.rows import Cut, cut_query
 from fedbbpt_jax.black_box.server.http_errors import HTTPError
 from fedbbpt_jax.black_box.server.limits import Limits
-from fedbbpt_jax.black_box.server.served_model import ServedRows, tensor_specs
+from fedbbpt_jax.black_box.server.served_model import ServedModel, ServedRows, max_length, tensor_specs
 from fedbbpt_jax.black_box.server.service import (
     Service,
     answer,
     as_answered,
     check_rows,
-    compute,
     fingerprint,
     received,
 )
@@ -33,8 +32,9 @@ OUTPUT = "scores"
 
 
 class Asked(NamedTuple):
-    """One request: its rows, how many prompts on how many examples, its id, and whether it wants binary scores."""
+    """One request: rows of which kind, how many prompts on how many examples, its id, whether scores are binary."""
 
+    rows: ServedRows
     cut: Cut
     num_prompts: int
     num_examples: int
@@ -71,11 +71,12 @@ def v2_routes(service: Service) -> APIRouter:
         scores = {"name": OUTPUT, "datatype": "FP32", "shape": [-1, -1, model.rows.num_classes]}
         about = {"system_fingerprint": fingerprint(service, request), "class_names": list(model.class_names)}
         about |= {"num_rows": model.rows.num_rows, "max_rows": service.limits.rows}
+        about |= {} if max_length(model.rows) is None else {"max_length": max_length(model.rows)}
         return {
             "name": model.name,
             "versions": [MODEL_VERSION],
             "platform": "jax",
-            "inputs": tensor_specs(model.rows),
+            "inputs": tensor_specs(model),
             "outputs": [scores],
             "parameters": about,
         }
@@ -91,9 +92,10 @@ def v2_routes(service: Service) -> APIRouter:
     async def infer(name: str, request: Request, model_version: str | None = None) -> Response:
         check(name, model_version)
         async with received(service, request) as body:
-            asked = parse(body, request.headers.get(HEAD_LENGTH), model.rows, service.limits)
+            asked = parse(body, request.headers.get(HEAD_LENGTH), model, service.limits)
             num_requests = asked.num_prompts * asked.num_examples
-            scores = await answer(service, request, body, num_requests, compute(service.batcher, asked.cut))
+            compute = service.compute(asked.rows, asked.cut)
+            scores = await answer(service, request, body, num_requests, compute)
         scores = scores.reshape(asked.num_prompts, -1, model.rows.num_classes)[:, : asked.num_examples]
         about = {"system_fingerprint": fingerprint(service, request), "num_requests": num_requests}
         return _response(model.name, asked, as_answered(request, scores), about)
@@ -101,7 +103,7 @@ def v2_routes(service: Service) -> APIRouter:
     return router
 
 
-def parse(body: bytes, head_length: str | None, rows: ServedRows, limits: Limits) -> Asked:
+def parse(body: bytes, head_length: str | None, model: ServedModel, limits: Limits) -> Asked:
     """Returns what a request asks: prompts `[K, ...]` or `[K, B, ...]`, and inputs `[B, ...]`.
 
     Raises:
@@ -114,13 +116,14 @@ def parse(body: bytes, head_length: str | None, rows: ServedRows, limits: Limits
         raise HTTPError(413, f"JSON must be at most {limits.json_bytes} bytes: send binary tensors", "body_too_large")
     try:
         tensors, head = decode("inputs", body, length)
+        rows = _rows_for(model, tensors)
         like = rows.like
         query = Query(tree_like("prompt", like.prompt, tensors), tree_like("inputs", like.inputs, tensors))
         known = named_leaves("prompt", like.prompt).keys() | named_leaves("inputs", like.inputs).keys()
         if unknown := tensors.keys() - known:
             raise ResponseFormatError(f"expected no tensors but {', '.join(sorted(known))}, got {sorted(unknown)}")
         for name, tensor in tensors.items():
-            if tensor.ndim == 0 or 0 in tensor.shape:
+            if 0 in (tensor.shape or (0,)) and (rows is not model.bare or name != "prompt"):
                 raise ResponseFormatError(f"tensor {name!r} is empty: {list(tensor.shape)}")
             if tensor.dtype.kind == "f" and not np.isfinite(tensor).all():
                 raise ResponseFormatError(f"tensor {name!r} has numbers that are not finite")
@@ -132,7 +135,13 @@ def parse(body: bytes, head_length: str | None, rows: ServedRows, limits: Limits
     own = head.get("id")
     if own is not None and (not isinstance(own, str) or len(own) > 256):
         raise HTTPError(400, "an id is a text of at most 256 characters", "invalid_request", param="id")
-    return Asked(cut, num_prompts, num_examples, own, _wants_binary(head))
+    return Asked(rows, cut, num_prompts, num_examples, own, _wants_binary(head))
+
+
+def _rows_for(model: ServedModel, tensors: Tensors) -> ServedRows:
+    """Returns the kind of rows that a request is of: those without a prompt's words where it has none."""
+    has_words = "prompt" not in tensors or tensors["prompt"].shape[1:] != (0,)
+    return model.rows if has_words or model.bare is None else model.bare
 
 
 def _wants_binary(head: dict[str, Any]) -> bool:

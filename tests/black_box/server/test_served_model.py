@@ -75,7 +75,7 @@ def test_every_class_has_a_name():
 
 
 def test_tensors_are_told():
-    assert tensor_specs(linear().rows) == [
+    assert tensor_specs(linear()) == [
         {"name": "prompt", "datatype": "FP32", "shape": [-1, 4]},
         {"name": "inputs", "datatype": "FP32", "shape": [-1, 4]},
     ]
