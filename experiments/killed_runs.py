@@ -3,8 +3,8 @@
     python experiments/killed_runs.py --kills 200
 
 Each run is played undisturbed on one server, and killed (SIGKILL) again and again on a server of its own. Then its
-metrics, summary and prompt must be those of the undisturbed run, bit for bit; and by the server's own count it must have
-computed what the run's ledger was charged for, each query once.
+metrics, summary and prompt must be those of the undisturbed run, bit for bit; and that server must have computed, by
+its own count, what the run's ledger was charged for, each query once.
 """
 
 from __future__ import annotations
@@ -78,9 +78,7 @@ def main(k: KilledRuns) -> None:
             list(pool.map(work, range(k.workers)))
     kills, num_requests, repeated = (sum(column) for column in zip(*found, strict=True))
     print(f"{kills} kills in {len(found)} runs: all ended as their undisturbed twins, bit for bit")
-    print(
-        f"{num_requests:,} requests charged, answered and computed once; {repeated:,} of them were in doubt, and sent again"
-    )
+    print(f"{num_requests:,} requests charged, answered and computed once, {repeated:,} of them sent again")
 
 
 def one_run(folder: Path, seed: int, calm: str, shaken: str, rng: random.Random) -> Found:
