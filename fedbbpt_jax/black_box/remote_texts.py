@@ -2,7 +2,8 @@
 
 The prompt and the input become one text on this side; the answer's log-probabilities of its first token say how likely
 each label word is. Most servers tell the likeliest few only: a row in which a label word is not among them is not used.
-How each kind of server is asked stands in `client/text_api.py`.
+How each kind of server is asked stands in `client/text_api.py`, and in `client/embedding_api.py` for those that take
+embeddings in place of texts.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ from fedbbpt_jax.black_box.ledger.ledger import Ledger
 from fedbbpt_jax.errors import JournalError, QueryFailedError
 from fedbbpt_jax.types import PyTree, Query, Response
 
-Render = Callable[[PyTree, PyTree], str]
-"""`(prompt of one candidate, one input) -> text`; of arrays on the host."""
+Render = Callable[[PyTree, PyTree], Any]
+"""`(prompt of one candidate, one input) -> text`, or what else the interface takes; of arrays on the host."""
 
 _TOKENS_AROUND = 32
 _BYTES_OF_A_ROW = 1 << 16
@@ -129,7 +130,7 @@ class TextBox:
             texts[c, k, b] = self._render(prompt, jax.tree.map(lambda x, c=c, b=b: x[c, b], inputs))
         return texts
 
-    def _message(self, key: bytes, texts: Sequence[str]) -> Message:
+    def _message(self, key: bytes, texts: Sequence[Any]) -> Message:
         api, words, ledger = self._api, self._words, self._ledger
 
         def read(reply: Reply) -> Kept:
@@ -145,8 +146,7 @@ class TextBox:
             cost = None if told.num_tokens is None else Cost(len(texts), told.num_tokens)
             return Kept(pack_scores(np.array([told.scores], np.float32)), cost)
 
-        # No token is shorter than a byte.
-        num_tokens = sum(len(text.encode()) + _TOKENS_AROUND for text in texts)
+        num_tokens = sum(_most_tokens(text) + _TOKENS_AROUND for text in texts)
         headers, most_bytes = {"Content-Type": "application/json"}, _BYTES_OF_A_ROW * (len(texts) + 1)
         return Message(key, Cost(len(texts), num_tokens), api.path, headers, _body(api, texts), most_bytes, read)
 
@@ -203,7 +203,12 @@ def _groups(shape: tuple[int, ...], api: TextApi) -> list[list[tuple[int, int]]]
     return [[(k, b) for k in range(num_candidates) for b in range(s, min(s + size, batch))] for s in starts]
 
 
-def _body(api: TextApi, texts: Sequence[str]) -> bytes:
+def _most_tokens(text: Any) -> int:
+    """Returns how many tokens a text is at most, none of which is shorter than a byte; of embeddings, how many."""
+    return len(text.encode() if isinstance(text, str) else text)
+
+
+def _body(api: TextApi, texts: Sequence[Any]) -> bytes:
     return json.dumps(api.request(texts), sort_keys=True, allow_nan=False).encode()
 
 

@@ -51,14 +51,14 @@ class TextApi(NamedTuple):
       model: its name at the server.
       path: that is asked.
       most_texts: in one message.
-      request: `texts -> body`.
+      request: `texts -> body`; of embeddings `[T, E]` for an interface that takes these (`embedding_api.py`).
       read: `(body of an answer, number of texts, label words) -> Told`; raises `RejectedAnswerError`.
     """
 
     model: str
     path: str
     most_texts: int
-    request: Callable[[Sequence[str]], dict[str, Any]]
+    request: Callable[[Sequence[Any]], dict[str, Any]]
     read: Callable[[Any, int, Sequence[str]], Told]
 
 
