@@ -19,6 +19,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import NamedTuple
@@ -62,10 +63,7 @@ class Found(NamedTuple):
 def main(k: KilledRuns) -> None:
     """Prints a line for each run, and the sums at the end."""
     with served([]) as calm, tempfile.TemporaryDirectory() as folder:
-        os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # of runs, which compute next to nothing
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/compiled"
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-        CONTEXT.set_forkserver_preload(SLOW_TO_IMPORT)
+        start_forkserver(Path(folder))
         numbers, found = iter(range(10**6)), []
 
         def work(worker: int) -> None:
@@ -80,6 +78,17 @@ def main(k: KilledRuns) -> None:
     kills, num_requests, repeated = (sum(column) for column in zip(*found, strict=True))
     print(f"{kills} kills in {len(found)} runs: all ended as their undisturbed twins, bit for bit")
     print(f"{num_requests:,} requests charged, answered and computed once, {repeated:,} of them sent again")
+
+
+def start_forkserver(folder: Path) -> None:
+    """Starts what runs are forked from; they compile little, and once. Servers, which make the bits, know none of it."""
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/compiled"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    CONTEXT.set_forkserver_preload(SLOW_TO_IMPORT)
+    forkserver.ensure_running()
+    for name in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        del os.environ[name]
 
 
 def one_run(folder: Path, seed: int, calm: str, shaken: str, rng: random.Random) -> Found:
