@@ -81,7 +81,7 @@ def main(k: KilledRuns) -> None:
 
 
 def start_forkserver(folder: Path) -> None:
-    """Starts what runs are forked from; they compile little, and once. Servers, which make the bits, know none of it."""
+    """Starts what runs are forked from; they compile little, and once. Servers, which make the scores, go without."""
     os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
     os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/compiled"
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
