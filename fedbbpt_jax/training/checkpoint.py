@@ -65,7 +65,7 @@ def restore(folder: Path, like: PyTree) -> Checkpoint | None:
     """Returns the newest checkpoint that is as it was written; None where none was ever finished.
 
     One that is damaged is named in a warning, and the one before it is taken. What is newer than the one that is taken
-    is removed: it will be written again.
+    is removed: it will be written again. So is what was being written or removed when the process ended.
 
     Args:
       folder: of the checkpoints of one run.
@@ -79,7 +79,7 @@ def restore(folder: Path, like: PyTree) -> Checkpoint | None:
     with _manager(folder) as manager:
         sound = _newest_sound(folder, manager)
         for step in manager.all_steps():
-            if sound is None or step > sound:
+            if sound is None or step > sound or not (folder / str(step) / MANIFEST).exists():
                 manager.delete(step)
         if sound is None:
             return None

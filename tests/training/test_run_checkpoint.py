@@ -54,6 +54,14 @@ def test_a_step_without_a_manifest_was_never_finished(folder):
     assert restore(folder, state(0.0)).arrays.params["shift"][0, 0] == 0.5
 
 
+@pytest.mark.filterwarnings("ignore")  # Orbax tells of what it misses
+def test_an_end_while_an_old_one_was_removed(folder):
+    (folder / "2" / MANIFEST).unlink()
+    (folder / "2" / "_CHECKPOINT_METADATA").unlink()
+    assert restore(folder, state(0.0)).step == 3
+    assert sorted(place.name for place in folder.iterdir()) == ["3"]
+
+
 def test_a_damaged_one_is_named_and_the_one_before_is_taken(folder):
     (path,) = (folder / "3").rglob("rest/metadata")
     path.write_bytes(path.read_bytes().replace(b"3.1", b"3.2"))
