@@ -184,6 +184,10 @@ def test_comparison_runs_all_baselines_at_equal_requests(tmp_path):
 
 
 BAD_INPUTS = {
+    "api-of-images": (
+        ["--url", "http://127.0.0.1:9", "--model", "m", "--api", "chat"],
+        "asked about images by --api v2",
+    ),
     "unknown-task": (["sensr"], "unknown task 'sensr'; did you mean 'sensor'"),
     "shots-0": (["--shots", "0"], "--shots must be positive and finite, got 0"),
     "alpha-0": (["--partition", "dirichlet:0"], "--partition must be dirichlet:ALPHA with ALPHA > 0"),

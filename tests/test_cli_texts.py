@@ -160,8 +160,9 @@ def test_a_served_model_of_texts(tmp_path, request, case):
     assert first_row(folder)["loss"] == first_row(other)["loss"]
 
 
-def serve(model, task, generator="soft", prompt_side="label"):
-    return Serve(model, task, generator=generator, text=TextOptions(prompt_length=4, prompt_side=prompt_side))
+def serve(model, task, generator="soft", prompt_side="label", max_length=None):
+    text = TextOptions(prompt_length=4, prompt_side=prompt_side)
+    return Serve(model, task, generator=generator, text=text, max_length=max_length)
 
 
 def first_row(folder):
@@ -174,6 +175,28 @@ def test_a_served_model_wants_its_own_prompts(tmp_path, bert, capsys):
         arguments = ["agnews", "--model", bert, "--prompt-length", "5", "--url", f"http://{address}"]
         assert cli.main(["run", *arguments, *FEW, "--output-dir", str(tmp_path / "out")]) == 2
     assert "prompt (FP32 [-1, 4, 16])" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_served_model_tells_how_long_texts_are(tmp_path, bert, capsys):
+    """Before the first query; a server that takes longer ones is asked as any other."""
+    short, long = (serve(bert, "cola", prompt_side="sentence", max_length=length) for length in (8, 48))
+    arguments = ["cola", "--model", bert, "--prompt-side", "sentence", "--prompt-length", "4", "--intrinsic-dim", "10"]
+    with listening(create_app(load_served_model(short))) as address:
+        code = cli.main(["run", *arguments, *FEW, "--url", f"http://{address}", "--output-dir", str(tmp_path / "out")])
+    assert code != 0
+    assert "the server takes 8: serve it with --max-length" in capsys.readouterr().err
+    with listening(create_app(load_served_model(long))) as address:
+        run(tmp_path / "long", *arguments, "--url", f"http://{address}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [2, 513])
+def test_a_served_model_has_only_so_many_positions(bert, length):
+    with pytest.raises(ValueError, match=r"--max-length must be 3 to 508 .*, got"):
+        load_served_model(serve(bert, "cola", prompt_side="sentence", max_length=length))
+    with pytest.raises(ValueError, match="for texts that are sent"):
+        load_served_model(serve(bert, "cola", max_length=length))
 
 
 @pytest.mark.slow

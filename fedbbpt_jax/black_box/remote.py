@@ -30,6 +30,7 @@ from fedbbpt_jax.black_box.client.queries import (
     join_answers,
     query_axes,
     read_form,
+    read_parameter,
     split_query,
 )
 from fedbbpt_jax.black_box.ledger.costs import Cost
@@ -40,10 +41,16 @@ from fedbbpt_jax.types import Query, Response
 
 
 class RemoteBox:
-    """Answers queries by a served model. Made by `connect`; one call at a time."""
+    """Answers queries by a served model. Made by `connect`; one call at a time.
 
-    def __init__(self, connection: Connection, ledger: Ledger):
-        self._connection, self._ledger = connection, ledger
+    Attributes:
+      max_length: tokens of the longest text that the server takes; None where it does not say.
+    """
+
+    max_length: int | None
+
+    def __init__(self, connection: Connection, ledger: Ledger, max_length: int | None):
+        self._connection, self._ledger, self.max_length = connection, ledger, max_length
         self._faults: Counter[str] = Counter()
 
     def __call__(self, query: Query, /) -> Response:
@@ -171,7 +178,7 @@ def connect(
     except BaseException:
         connection.close()
         raise
-    return RemoteBox(connection, ledger)
+    return RemoteBox(connection, ledger, read_parameter(metadata, "max_length"))
 
 
 def _respond(

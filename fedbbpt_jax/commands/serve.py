@@ -64,6 +64,7 @@ class Serve:
       host: address to listen on; others than this machine are served with a token only.
       port: to listen on; 0 takes a free one.
       num_rows: computed in one batch.
+      max_length: tokens of the longest text, which every row is computed for; those of the task's own if left out.
       limit: what is taken at most; more is refused.
       faults: a JSON or TOML file of faults to inject.
       fault: faults to inject, in place of a file.
@@ -80,6 +81,7 @@ class Serve:
     host: str = "127.0.0.1"
     port: int = 8000
     num_rows: int = NUM_ROWS
+    max_length: int | None = None
     limit: Limits = field(default_factory=Limits)
     faults: Path | None = None
     fault: Faults = field(default_factory=Faults)
@@ -133,7 +135,7 @@ def load_served_model(command: Serve) -> ServedModel:
     """
     e = served_experiment(command)
     task = load_experiment_task(e)
-    box, like = query_only(load_classifier(e, task)), row_like(e, task)
+    box, like = query_only(load_classifier(e, task)), row_like(e, task, command.max_length)
     served = served_model(served_name(e.model), box, like, task.class_names, e.precision, command.num_rows)
     if not task.image_size:
         bare = served_rows(box, Query(np.zeros((1, 1, 0), np.int32), like.inputs), command.num_rows)
@@ -150,17 +152,32 @@ def served_experiment(command: Serve) -> ResolvedExperiment:
     return resolve(Experiment(**{name: getattr(command, name) for name in names}, estimator=estimator))
 
 
-def row_like(e: ResolvedExperiment, task: Task) -> Query:
+def row_like(e: ResolvedExperiment, task: Task, max_length: int | None = None) -> Query:
     """Returns a query of one row: what a prompt and an input of an experiment look like, as zeros.
 
     A run that is compared with a served model asks its box in rows of this.
+
+    Args:
+      e: the experiment.
+      task: its data.
+      max_length: tokens of the longest text; those of the task's if left out.
+
+    Raises:
+      ValueError: inputs are no texts, or the model has fewer positions.
     """
     is_of_labels = not task.image_size and not text_model(e.model, e.revision).fills_masks
     block = BLOCK if is_of_labels and e.text.prompt_side == "label" else 1
     parts = task.train.inputs, task.validation.inputs, task.test.inputs
 
+    if max_length is not None:
+        if not hasattr(task.train.inputs, "attended"):
+            raise ValueError(f"--max-length is for texts that are sent as token ids, got {max_length}")
+        room = text_model(e.model, e.revision).num_positions - e.text.prompt_length
+        if not 3 <= max_length <= room:
+            raise ValueError(f"--max-length must be 3 to {room} beside a prompt, got {max_length}")
+
     def longest(*leaves: np.ndarray) -> np.ndarray:
-        shape = [max(sizes) for sizes in zip(*(x.shape[1:] for x in leaves), strict=True)]
+        shape = [max_length or max(sizes) for sizes in zip(*(x.shape[1:] for x in leaves), strict=True)]
         return np.zeros((1, block, *shape), leaves[0].dtype)
 
     inputs = jax.tree.map(longest, *parts)

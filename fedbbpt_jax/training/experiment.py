@@ -72,8 +72,8 @@ class ServedOptions:
     """What only models behind a --url have.
 
     Attributes:
-      api: how the server is asked: v2 (fedbbpt serve), or a language model in plain text: completions or
-        chat, by the log-probabilities of label words, or written, by the word that it writes.
+      api: how the server is asked: v2 (fedbbpt serve, whose model the clients have, too), or a language model in plain
+        text: completions or chat, by the log-probabilities of label words, or written, by the word that it writes.
       prices: a TOML file with a table for each model: per_request and per_million_tokens, in any currency.
       max_tokens: most tokens that may be billed, evaluation included.
       max_money: most money by these prices, evaluation included.

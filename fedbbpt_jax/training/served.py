@@ -16,6 +16,7 @@ from fedbbpt_jax.black_box.ledger.journal import Position
 from fedbbpt_jax.black_box.ledger.ledger import Ledger, open_ledger, replay_ledger
 from fedbbpt_jax.black_box.remote import RemoteBox, connect, replayed
 from fedbbpt_jax.black_box.remote_texts import TextBox, connect_texts, replayed_texts
+from fedbbpt_jax.errors import QueryFailedError
 from fedbbpt_jax.training.checkpoint import read_progress
 from fedbbpt_jax.training.experiment import Experiment, ResolvedExperiment
 from fedbbpt_jax.training.load import load_experiment_task
@@ -102,7 +103,16 @@ def _connected(e: ResolvedExperiment, url: str, task: Task, ledger: Ledger) -> R
         return connect_texts(url, text_api(e), ledger, **_asked(e))
     # The project's server charges once for what comes under one key.
     num_classes, terms = len(task.class_names), Terms("charged once")
-    return connect(url, served_name(e.model), ledger, num_classes=num_classes, terms=terms)
+    box = connect(url, served_name(e.model), ledger, num_classes=num_classes, terms=terms)
+    parts = (task.train.inputs, task.validation.inputs, task.test.inputs)
+    longest = max((x.attended.shape[1] for x in parts if hasattr(x, "attended")), default=0)
+    if box.max_length is not None and longest > box.max_length:
+        box.close()
+        raise QueryFailedError(
+            f"{url}: texts are up to {longest} tokens long, and the server takes {box.max_length}: serve it with "
+            f"--max-length {longest}"
+        )
+    return box
 
 
 def _asked(e: ResolvedExperiment) -> dict[str, Any]:

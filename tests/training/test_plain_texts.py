@@ -149,7 +149,6 @@ def test_budgets_of_tokens_and_money(server, reviews, tmp_path, capsys):
         (["--api", "chat", "--max-money", "3"], "--max-money needs --prices"),
         (["--api", "chat", "--prices", "absent.toml"], "no prices in absent.toml"),
         (["--api", "chat", "--max-tokens", "0"], "--max-tokens must be positive"),
-        ([], "a --url is asked about texts: --api"),
     ],
 )
 def test_what_does_not_go_together(server, reviews, tmp_path, monkeypatch, capsys, more, message):

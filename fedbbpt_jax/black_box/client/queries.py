@@ -172,10 +172,15 @@ def read_form(metadata: Mapping[str, Any], num_classes: int, scale: Scale, max_r
         raise QueryFailedError(f"the model must answer a tensor scores (FP32), and answers {answers}")
     if scores.shape[-1] not in (-1, num_classes):
         raise QueryFailedError(f"the model answers {scores.shape[-1]} classes, and {num_classes} are needed")
-    parameters = metadata.get("parameters")
-    told = parameters.get("max_rows") if isinstance(parameters, dict) else None
-    limits = [n for n in (told, max_rows) if isinstance(n, int) and n > 0]
+    limits = [n for n in (read_parameter(metadata, "max_rows"), max_rows) if n is not None and n > 0]
     return Form(tuple(inputs), num_classes, scale, min(limits, default=None))
+
+
+def read_parameter(metadata: Mapping[str, Any], name: str) -> int | None:
+    """Returns a number that a model's description tells in its parameters; None if it does not."""
+    parameters = metadata.get("parameters")
+    told = parameters.get(name) if isinstance(parameters, dict) else None
+    return told if type(told) is int and told > 0 else None
 
 
 def _tensors(metadata: Mapping[str, Any], side: str) -> list[Tensor]:
